@@ -1,0 +1,185 @@
+"""Separate and score MUSDB18's test tracks: python eval.py --exp_dir EXP --out_dir OUT ..."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from tqdm import tqdm
+
+from local.checkpoint import atomic_path, load_model
+from local.config import OneLineParser, UserError, clear_errors, raise_together, read_yaml
+from local.inference import OVERLAP, SEGMENT, separate
+from local.scoring import ScoredTrack, open_test_set, score_track, write_results
+from local.stems import need_ffmpeg
+from local.tasnet import ConvTasNetStereo
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    with clear_errors(parser.prog):
+        failures = evaluate(parser.parse_args(argv))
+    if failures:
+        raise SystemExit(1)
+
+
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(prog="eval.py", description=__doc__)
+    add = parser.add_argument
+    add("--exp_dir", type=Path, default="exp/tmp", help="folder of the run [%(default)s]")
+    add("--out_dir", required=True, help="folder in exp_dir for everything that is written")
+    add("--use_gpu", type=int, choices=(0, 1), default=0, help="1: run on the GPU [%(default)s]")
+    add("--n_save_ex", type=int, default=10, help="tracks to save as audio; -1: all [%(default)s]")
+    add("--checkpoint", help="a best_model.pth, .ckpt, folder or hub name [the run's best model]")
+    add("--root", type=Path, help="the MUSDB18 or MUSDB18-HQ folder [the run's]")
+    add("--suffix", choices=("wav", "flac"), help="of the files under root [the run's]")
+    add("--segment", type=float, default=SEGMENT, help="seconds in a window [%(default)s]")
+    add("--overlap", type=float, default=OVERLAP, help="seconds of crossfade [%(default)s]")
+    add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
+    return parser
+
+
+def evaluate(args: Namespace) -> dict[str, str]:
+    """Separates and scores every test track; returns the tracks that failed, and why.
+
+    Raises:
+        UserError, DatasetError: a fault of the arguments, the checkpoint or the files.
+    """
+    raise_together(find_faults(args))
+    checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
+    model = load_model(checkpoint)
+    if model.C < 2 or model.audio_channels != 2:
+        raise UserError(
+            f"--checkpoint {checkpoint}: expected a stereo model of vocals and other sources,"
+            f" got {model.C} source(s) of {model.audio_channels} channel(s)"
+        )
+    model.to("cuda" if args.use_gpu else "cpu")
+    root, suffix = find_test_set(args)
+    tracks = open_test_set(root, model.samplerate, suffix)
+    out = prepare_out(args.exp_dir / args.out_dir, tracks)
+    print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
+
+    scored, failures = [], {}
+    for number, (name, read) in enumerate(tracks.items(), start=1):
+        saves = args.n_save_ex == -1 or number <= args.n_save_ex
+        try:
+            title, folder = f"[{number}/{len(tracks)}] {name}", out / name if saves else None
+            track = evaluate_track(name, read(), model, args, title, folder)
+        except ValueError as error:  # the track cannot be read, or not be scored
+            failures[name] = str(error)
+            print(f"{name}: not scored: {error}", file=sys.stderr)
+            continue
+        with atomic_path(out / "test" / f"{name}.json") as temporary:
+            temporary.write_text(track.store.json, encoding="utf-8")
+        scored.append(track)
+    print(f"\n{write_results(out, scored, failures)}\nAll of it is in {out}")
+    return failures
+
+
+def find_faults(args: Namespace) -> list[str]:
+    """What is wrong with the arguments, a line each."""
+    faults = []
+    if args.use_gpu and not torch.cuda.is_available():
+        faults.append("--use_gpu 1: torch sees no GPU; use --use_gpu 0")
+    if args.n_save_ex < -1:
+        faults.append(f"--n_save_ex must be at least 0, or -1 for all, got {args.n_save_ex}")
+    if not 0 <= args.overlap < args.segment < float("inf"):
+        faults.append(
+            f"--overlap must be at least 0 and below --segment,"
+            f" got {args.overlap} and {args.segment}"
+        )
+    try:
+        need_ffmpeg()
+    except UserError as error:
+        faults.append(str(error))
+    return faults
+
+
+def find_test_set(args: Namespace) -> tuple[Path, str]:
+    """(root, suffix): of the arguments, or else of the run's conf.yml."""
+    conf_file = args.exp_dir / "conf.yml"
+    data = (read_yaml(conf_file).get("data") or {}) if conf_file.is_file() else {}
+    root = args.root or data.get("root")
+    if not root:
+        raise UserError(f"--root is needed: {conf_file} names no data set")
+    return Path(root), args.suffix or data.get("suffix", "wav")
+
+
+def prepare_out(out: Path, names: dict) -> Path:
+    """Makes the folder for the results, and in it test/ for the scores per track.
+
+    Raises:
+        UserError: it cannot be written, or holds scores of tracks that this run will not replace.
+    """
+    try:
+        (out / "test").mkdir(parents=True, exist_ok=True)
+        (out / "results.txt").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
+    scores = (out / "test").glob("*.json")
+    others = sorted(path.name for path in scores if path.stem not in names)
+    if others:
+        raise UserError(
+            f"--out_dir: {out} holds scores of another test set ({others[0]}, {len(others)} in all);"
+            " name another --out_dir"
+        )
+    return out
+
+
+def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) -> str:
+    """What will be scored on what, for the first screen."""
+    device = torch.cuda.get_device_name() if args.use_gpu else "the CPU"
+    if not args.use_gpu and torch.cuda.is_available():
+        device += " (--use_gpu 1 runs on the GPU)"
+    return (
+        f"{tracks} test track{'s' if tracks > 1 else ''} of {root}\n"
+        f"separated by {checkpoint} on {device},"
+        f" overlap-add of {args.segment} s with {args.overlap} s of crossfade"
+    )
+
+
+def evaluate_track(
+    name: str,
+    audio: dict[str, np.ndarray],
+    model: ConvTasNetStereo,
+    args: Namespace,
+    title: str,
+    folder: Path | None,
+) -> ScoredTrack:
+    """Separates a track, saves the estimates where there is a folder for them, and scores it."""
+    rate = model.samplerate
+    form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    seconds = audio["mixture"].shape[-1] / rate
+    with tqdm(total=seconds, desc=f"{title}: separating", bar_format=form) as bar:
+        mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
+        sources = separate(
+            model, mixture, args.segment, args.overlap, lambda samples: bar.update(samples / rate)
+        ).numpy()
+        # A model of four stems has the accompaniment in parts.
+        estimates = {"vocals": sources[0], "accompaniment": sources[1:].sum(0)}
+        if folder:
+            save_estimates(folder, estimates, rate, args.float32)
+        bar.set_description_str(f"{title}: scoring")
+        track = score_track(name, rate, audio, estimates)
+        bar.set_description_str(title)
+    return track
+
+
+def save_estimates(
+    folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
+) -> None:
+    """Writes (2, T) estimates as TARGET.wav; 16-bit values beyond full scale are clipped."""
+    folder.mkdir(exist_ok=True)
+    for target, estimate in estimates.items():
+        samples, subtype = estimate.T, "FLOAT"
+        if not float32:
+            scaled = np.clip(np.rint(samples * 32768.0), -32768, 32767)
+            samples, subtype = scaled.astype(np.int16), "PCM_16"
+        with atomic_path(folder / f"{target}.wav") as temporary:
+            sf.write(temporary, samples, rate, subtype, format="WAV")
+
+
+if __name__ == "__main__":
+    main()

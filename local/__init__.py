@@ -1,0 +1,1 @@
+"""The parts of the recipe: data, model, training, separation and scoring."""

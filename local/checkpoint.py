@@ -1,0 +1,123 @@
+"""Models on disk: one way in for every kind of checkpoint, and atomic ways out."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.torch_version import TorchVersion
+
+from local.config import UserError, read_yaml
+from local.tasnet import ConvTasNetStereo
+
+MODEL_NAME = ConvTasNetStereo.__name__
+MUSDB18_LICENSE = {
+    "title": "MUSDB18",
+    "title_link": "https://sigsep.github.io/datasets/musdb.html",
+    "author": "Zafar Rafii, Antoine Liutkus, Fabian-Robert Stöter, Stylianos Ioannis Mimilakis,"
+    " Rachel Bittner",
+    "license": "academic use only",
+    "non_commercial": True,
+}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it if the block ends well, else removed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:
+    """Writes a best_model.pth: plain types and tensors, all that is needed to rebuild the model."""
+    packages = ("torch", "pytorch-lightning", "asteroid")
+    content = {
+        "model_name": MODEL_NAME,
+        "model_args": {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]},
+        "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "infos": {"software_versions": {name: version(name) for name in packages}},
+        "dataset": "MUSDB18",
+        "task": "music source separation",
+        "licenses": [MUSDB18_LICENSE],
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_model(source: str | Path) -> ConvTasNetStereo:
+    """The model of a checkpoint, in eval mode, on the CPU.
+
+    Args:
+        source: a best_model.pth (ours, or a published one beside its conf.yml), a Lightning .ckpt
+            of this recipe, a folder written by `save_pretrained`, or the name of a hub repository.
+
+    Raises:
+        UserError: there is no such thing, it is damaged, or it holds another model.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _load_file(path).eval()
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"--checkpoint: no such file or folder: {source}")
+    try:
+        return ConvTasNetStereo.from_pretrained(str(source)).eval()
+    except Exception as error:  # whatever the hub's client, safetensors and torch raise
+        kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
+        raise UserError(f"--checkpoint {source}: not a usable {kind}: {_brief(error)}") from None
+
+
+def _load_file(path: Path) -> ConvTasNetStereo:
+    try:
+        # Published files hold torch.__version__ as it is, which is no plain string.
+        with torch.serialization.safe_globals([TorchVersion]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        raise UserError(
+            f"--checkpoint {path}: damaged, cut short, or not made of weights alone:"
+            f" {_brief(error)}"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"--checkpoint {path}: holds no state_dict, so it is no model")
+    name = content.get("model_name", MODEL_NAME)
+    if name != MODEL_NAME:
+        raise UserError(f"--checkpoint {path}: holds a {name}, expected a {MODEL_NAME}")
+    # Lightning's names are those of the System, whose model is `model`.
+    state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
+    try:
+        model = ConvTasNetStereo(**_model_args(path, content))
+        model.load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--checkpoint {path}: another model: {_brief(error)}") from None
+    return model
+
+
+def _model_args(path: Path, content: dict) -> dict:
+    if "model_args" in content:
+        return content["model_args"]
+    if "training_config" in content:
+        conf = content["training_config"]
+    else:
+        conf_file = path.parent / "conf.yml"
+        if not conf_file.is_file():
+            raise UserError(
+                f"--checkpoint {path}: holds no model arguments, and there is no {conf_file}"
+            )
+        conf = read_yaml(conf_file)
+    try:
+        return {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]}
+    except (KeyError, TypeError):
+        raise UserError(
+            f"--checkpoint {path}: its configuration has no convtasnet section or no sample_rate"
+        ) from None
+
+
+def _brief(error: Exception, most: int = 300) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= most else f"{words[:most]} ..."

@@ -1,0 +1,247 @@
+"""conf.yml and flags to one checked dictionary, errors to one line, asteroid to an import."""
+
+import argparse
+import importlib
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from local.musdb18_dataset import DatasetError
+from local.tasnet import ConvTasNetStereo
+
+CONF_FILE = Path(__file__).parents[1] / "conf.yml"
+
+# The type of every key. conf.yml is there to be edited, so it cannot also be what it is held to.
+SCHEMA = {
+    "convtasnet": {
+        **dict.fromkeys(("N", "L", "B", "H", "P", "X", "R", "C", "audio_channels"), int),
+        **{"norm_type": str, "causal": bool, "mask_nonlinear": str},
+    },
+    "training": {
+        **dict.fromkeys(("epochs", "batch_size", "num_workers"), int),
+        **{"half_lr": bool, "early_stop": bool, "aggregate": int, "seed": int},
+        **{"accelerator": str, "devices": str, "num_nodes": int, "precision": str},
+        "max_steps": int,
+    },
+    "optim": {"lr": float},
+    "data": {
+        **{"root": str, "mix_background": bool, "segment": float, "samples_per_track": int},
+        **{"sample_rate": int, "suffix": str, "valid_tracks": str, "max_valid_tracks": int},
+    },
+    "main_args": {"exp_dir": str},
+}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
+
+LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "aggregate", "num_nodes", "samples_per_track"), 1),
+    **{"num_workers": 0, "seed": 0, "sample_rate": 1},
+}
+ABOVE_ZERO = ("lr", "segment")
+LIMITS = ("max_steps", "max_valid_tracks")
+CHOICES = {
+    "accelerator": ("auto", "cpu", "gpu"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "suffix": ("wav", "flac"),
+}
+
+
+class UserError(ValueError):
+    """A fault that the person at the keyboard can mend; commands show it without a traceback."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, without the usage of fifty flags before it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+@contextmanager
+def clear_errors(command: str) -> Iterator[None]:
+    """Ends `command` with its UserError or DatasetError on stderr and exit status 2."""
+    try:
+        yield
+    except (UserError, DatasetError) as error:
+        # A loader worker sends its error wrapped in the text of its own traceback.
+        message = str(error).rpartition("DatasetError: ")[2].strip()
+        print(f"{command}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def raise_together(faults: list[str], heading: str = "") -> None:
+    """Raises one UserError for all faults, a line each; does nothing where there are none."""
+    if len(faults) == 1:
+        raise UserError(f"{heading}: {faults[0]}" if heading else faults[0])
+    if faults:
+        lines = [f"{heading or 'the configuration'}: {len(faults)} faults", *faults]
+        raise UserError("\n  ".join(lines))
+
+
+def import_asteroid(module: str):
+    """Imports a module of asteroid whether torchaudio loads, is missing, or fails.
+
+    asteroid imports torchaudio (through torch_stoi) for a loss that this recipe never calls, and
+    torchaudio refuses to load beside many torch builds: OSError beside a CPU-only one, RuntimeError
+    beside another CUDA. asteroid has a fallback of its own for a missing torch_stoi.
+    """
+    try:
+        importlib.import_module("torchaudio")
+    except Exception:
+        sys.modules["torch_stoi"] = None
+    return importlib.import_module(module)
+
+
+def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
+    """conf.yml overridden by the flags, as a dictionary of sections.
+
+    Raises:
+        UserError: lists every fault of the file, or else every fault of the values.
+    """
+    conf = read_conf(conf_file)
+    parser_utils = import_asteroid("asteroid.utils.parser_utils")
+    parser = OneLineParser(
+        prog="train.py",
+        description="Train a stereo ConvTasNet on MUSDB18. Defaults are in conf.yml.",
+    )
+    exp_dir = conf.pop("main_args")["exp_dir"]
+    parser.add_argument("--exp_dir", default=exp_dir)
+    parser.add_argument("--n_src", dest="C", type=int, default=argparse.SUPPRESS, metavar="C")
+    parser_utils.prepare_parser_from_dict(conf, parser=parser)
+    _describe_flags(parser, conf_file)
+    parsed = parser_utils.parse_args_as_dict(parser, args=argv)
+    # asteroid's result also holds leftovers of argparse: help and an empty positional group.
+    conf = {section: parsed[section] for section in conf}
+    conf["main_args"] = {"exp_dir": parsed["main_args"]["exp_dir"]}
+    raise_together(find_faults(conf))
+    return conf
+
+
+def read_conf(path: Path) -> dict:
+    """A conf.yml whose every key is known, present and of the right type.
+
+    Raises:
+        UserError: lists every fault of the file.
+    """
+    conf = read_yaml(path)
+    faults = [f"{name}: unknown section" for name in conf if name not in SCHEMA]
+    for name, keys in SCHEMA.items():
+        section = conf.get(name)
+        if not isinstance(section, dict):
+            faults.append(f"{name}: section missing")
+            continue
+        faults += [f"{name}.{key}: unknown key" for key in section if key not in keys]
+        for key, kind in keys.items():
+            if key not in section:
+                faults.append(f"{name}.{key}: missing")
+                continue
+            try:
+                section[key] = _as_type(section[key], kind)
+            except TypeError:
+                faults.append(_wrong_type(f"{name}.{key}", section[key], kind))
+    raise_together(faults, heading=str(path))
+    return conf
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections such as convtasnet: and training:")
+    return content
+
+
+def find_faults(conf: dict) -> list[str]:
+    """What is wrong with the values of a configuration, a line each, named by its flag."""
+    values = {key: value for section in conf.values() for key, value in section.items()}
+    faults = [
+        f"--{key} must be at least {least}, got {values[key]}"
+        for key, least in LEAST.items()
+        if values[key] < least
+    ]
+    faults += [
+        f"--{key} must be a number above 0, got {values[key]}"
+        for key in ABOVE_ZERO
+        if not 0 < values[key] < math.inf
+    ]
+    faults += [
+        f"--{key} must be at least 1, or -1 for no limit, got {values[key]}"
+        for key in LIMITS
+        if values[key] < 1 and values[key] != -1
+    ]
+    faults += [
+        f"--{key} must be one of {', '.join(allowed)}, got {values[key]}"
+        for key, allowed in CHOICES.items()
+        if values[key] not in allowed
+    ]
+    if not values["root"]:
+        faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
+    if values["accelerator"] == "gpu" and not torch.cuda.is_available():
+        faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
+    targets = 2 if values["mix_background"] else 4
+    if values["C"] != targets:
+        faults.append(
+            f"--C must be {targets} with --mix_background {values['mix_background']},"
+            f" got {values['C']}"
+        )
+    if values["audio_channels"] != 2:
+        faults.append(f"--audio_channels must be 2 (stereo), got {values['audio_channels']}")
+    return faults + _model_faults(conf)
+
+
+def make_model(conf: dict) -> ConvTasNetStereo:
+    """The model of a configuration, with new weights."""
+    return ConvTasNetStereo(**conf["convtasnet"], samplerate=conf["data"]["sample_rate"])
+
+
+def _model_faults(conf: dict) -> list[str]:
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # making the model in earnest warns
+            make_model(conf)
+    except ValueError as error:
+        return [f"--{fault}" for fault in str(error).split("; ")]
+    return []
+
+
+def _as_type(value, kind: type):
+    """`value` as `kind`, where nothing is lost by it: YAML has 5 for 5.0 and null for no text."""
+    if kind is str and value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool) and kind in (float, str):
+        return kind(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _wrong_type(name: str, value, kind: type) -> str:
+    fault = f"{name}: expected {TYPE_NAMES[kind]}, got {value!r}"
+    if kind is float and isinstance(value, str) and re.fullmatch(r"\d+e-?\d+", value):
+        fault += f"; YAML reads it as a number when written {value.replace('e', '.0e')}"
+    return fault
+
+
+def _describe_flags(parser: argparse.ArgumentParser, conf_file: Path) -> None:
+    """Shows the comments of conf.yml as the help of the flags."""
+    comments = dict(re.findall(r"^  (\w+):.*?# (.*)$", conf_file.read_text("utf-8"), re.MULTILINE))
+    for action in parser._actions:
+        if action.dest in comments:
+            default = "" if action.default in ("", argparse.SUPPRESS) else " [%(default)s]"
+            action.help = comments[action.dest].replace("%", "%%") + default

@@ -1,0 +1,345 @@
+"""MUSDB18: its tracks, random training segments with augmentation, whole validation tracks.
+
+The augmentation is that of Uhlich et al., "Improving music source separation based on deep neural
+networks through data augmentation and network blending" (ICASSP 2017): stems of random tracks,
+random gains, random swaps of the channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+# In the order in which the published recipe stacks them as targets.
+SOURCES = ("vocals", "bass", "drums", "other")
+
+# musdb's own list (its configs/mus.yaml); importing musdb needs ffmpeg, which training does not.
+VALIDATION_TRACKS = (
+    "Actions - One Minute Smile",
+    "Clara Berry And Wooldog - Waltz For My Victims",
+    "Johnny Lokke - Promises & Lies",
+    "Patrick Talbot - A Reason To Leave",
+    "Triviul - Angelsaint",
+    "Alexander Ross - Goodbye Bolero",
+    "Fergessen - Nos Palpitants",
+    "Leaf - Summerghost",
+    "Skelpolu - Human Mistakes",
+    "Young Griffo - Pennies",
+    "ANiMAL - Rockshow",
+    "James May - On The Line",
+    "Meaxic - Take A Step",
+    "Traffic Experiment - Sirens",
+)
+MOST_FAULTS_SHOWN = 20
+
+
+class DatasetError(ValueError):
+    """A fault of the files under the data set's root."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """A folder with one stereo file per source, all of the same rate and length (in samples)."""
+
+    folder: Path
+    suffix: str
+    rate: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def seconds(self) -> float:
+        return self.length / self.rate
+
+    def path(self, source: str) -> Path:
+        return self.folder / f"{source}.{self.suffix}"
+
+    def read(self, source: str, start: int = 0, length: int = -1) -> np.ndarray:
+        """`length` samples (-1: the rest) of a source from `start` on, as (2, length) float32.
+
+        Raises:
+            DatasetError: the file cannot be read, is shorter, or holds NaN or infinity.
+        """
+        path = self.path(source)
+        try:
+            audio, _ = sf.read(path, length, start, dtype="float32", always_2d=True)
+        except (OSError, sf.LibsndfileError) as error:
+            raise DatasetError(f"{path}: cannot be read: {error}") from None
+        expected = self.length - start if length == -1 else length
+        if len(audio) != expected:
+            raise DatasetError(
+                f"{path}: {len(audio)} samples where {expected} were expected from sample {start}"
+                " on; the file is damaged or was changed"
+            )
+        if not np.isfinite(audio).all():
+            bad = start + int(np.argmin(np.isfinite(audio).all(axis=1)))
+            raise DatasetError(
+                f"{path}: not a finite number at sample {bad} ({bad / self.rate:.3f} s);"
+                " mend or remove the file"
+            )
+        return audio.T
+
+
+def find_tracks(
+    root: Path, split: str, rate: int, suffix: str = "wav", sources: Sequence[str] = SOURCES
+) -> list[Track]:
+    """The tracks of ROOT/`split`, sorted by name, after a look at the header of every file.
+
+    Args:
+        root: folder of MUSDB18-HQ.
+        split: "train" or "test".
+        rate: the sampling rate, in Hz, that every file must have.
+        suffix: of the files, "wav" or "flac".
+        sources: the files that a track must have.
+
+    Raises:
+        DatasetError: the layout is not that of MUSDB18-HQ; or lists what is wrong with the files.
+    """
+    folder = root / split
+    if not root.is_dir():
+        raise DatasetError(f"--root: no such folder: {root}")
+    if not folder.is_dir():
+        raise DatasetError(f"--root: {root} holds no {split}/TRACK/vocals.{suffix}")
+    # Hidden folders are half-made tracks and the litter of file browsers.
+    folders = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
+    if not folders:
+        if any(folder.glob("*.stem.mp4")):
+            raise DatasetError(
+                f"--root: {root} holds .stem.mp4 files; decode them once with"
+                f" 'python -m local.stems {root} OUT' and use --root OUT"
+            )
+        raise DatasetError(f"--root: {folder} holds no tracks, TRACK/vocals.{suffix}")
+    tracks, faults = [], []
+    for track_folder in folders:
+        track = _open_track(track_folder, rate, suffix, sources, faults)
+        tracks.append(track)
+    raise_dataset_faults(root, faults)
+    return tracks
+
+
+def _open_track(
+    folder: Path, rate: int, suffix: str, sources: Sequence[str], faults: list[str]
+) -> Track | None:
+    """A track, or None and what is wrong with it added to `faults`."""
+    where = f"{folder.parent.name}/{folder.name}"
+    known = len(faults)
+    lengths = {}
+    for source in sources:
+        name = f"{source}.{suffix}"
+        path = folder / name
+        if not path.exists():
+            others = sorted(p.name for p in folder.glob(f"{source}.*") if p.suffix != path.suffix)
+            hint = f" (there is {', '.join(others)}: see --suffix)" if others else ""
+            faults.append(f"{where}/{name}: missing{hint}")
+            continue
+        try:
+            info = sf.info(path)
+        except (OSError, sf.LibsndfileError) as error:
+            faults.append(f"{where}/{name}: cannot be read: {_reason(error)}")
+            continue
+        lengths[name] = info.frames
+        if info.frames == 0:
+            faults.append(f"{where}/{name}: no samples")
+        if info.channels != 2:
+            faults.append(f"{where}/{name}: expected 2 channels, got {info.channels}")
+        if info.samplerate != rate:
+            faults.append(f"{where}/{name}: expected {rate} Hz, got {info.samplerate} Hz")
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        faults.append(f"{where}: files of different lengths, in samples: {found}")
+    if len(faults) > known:
+        return None
+    return Track(folder, suffix, rate, lengths[name])
+
+
+def _reason(error: Exception) -> str:
+    """libsndfile's words without the path that its wrapper puts before them."""
+    return str(error).rpartition(": ")[2]
+
+
+def raise_dataset_faults(root: Path, faults: list[str]) -> None:
+    """Raises one DatasetError for all faults, a line each; does nothing where there are none."""
+    if not faults:
+        return
+    lines = faults[:MOST_FAULTS_SHOWN]
+    if len(faults) > len(lines):
+        lines.append(f"and {len(faults) - len(lines)} more")
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    raise DatasetError("\n  ".join([f"--root: {count} in {root}", *lines]))
+
+
+def split_validation(
+    tracks: list[Track], valid_tracks: Path | None = None
+) -> tuple[list[Track], list[Track]]:
+    """(training, validation) tracks: the validation tracks are musdb's, or those in a file.
+
+    Args:
+        tracks: of the train split.
+        valid_tracks: a file with a track name per line.
+
+    Raises:
+        DatasetError: a name in the file is no track, or one of the two parts would be empty.
+    """
+    names = VALIDATION_TRACKS
+    if valid_tracks is not None:
+        try:
+            lines = valid_tracks.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"--valid_tracks: cannot be read: {error}") from None
+        names = [line.strip() for line in lines if line.strip()]
+        unknown = sorted(set(names) - {track.name for track in tracks})
+        if unknown:
+            raise DatasetError(f"--valid_tracks: not in train/: {', '.join(unknown)}")
+    training = [track for track in tracks if track.name not in names]
+    validation = [track for track in tracks if track.name in names]
+    if not validation:
+        raise DatasetError(
+            "--root: train/ holds none of musdb's 14 validation tracks; name some of its tracks"
+            " in a file, a line each, and pass --valid_tracks FILE"
+        )
+    if not training:
+        raise DatasetError("--root: every track of train/ is a validation track")
+    return training, validation
+
+
+class SegmentDataset(Dataset):
+    """Random segments: every stem of an item comes from a track of its own.
+
+    An item is a pure function of (seed, epoch, index), so it is the same for any number of
+    workers, on any rank and after a resume.
+
+    Args:
+        tracks: the training tracks.
+        length: samples in a segment.
+        samples_per_track: an epoch has tracks x samples_per_track items.
+        mix_background: the targets are vocals and the sum of the others, else all of SOURCES.
+        seed: of the random draws.
+
+    Raises:
+        DatasetError: lists the tracks that are shorter than a segment.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track],
+        length: int,
+        samples_per_track: int = 64,
+        mix_background: bool = True,
+        seed: int = 0,
+    ):
+        short = [
+            f"{track.folder.parent.name}/{track.name}: {track.seconds:.2f} s, shorter than"
+            f" --segment {length / track.rate:g}"
+            for track in tracks
+            if track.length < length
+        ]
+        raise_dataset_faults(tracks[0].folder.parents[1], short)
+        self.tracks, self.length, self.samples_per_track = tracks, length, samples_per_track
+        self.mix_background, self.seed = mix_background, seed
+
+    def __len__(self) -> int:
+        return len(self.tracks) * self.samples_per_track
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The item at (epoch, index).
+
+        Shape:
+            - mixture: (2, length), the sum of the targets
+            - targets: (targets, 2, length)
+        """
+        epoch, index = position
+        rng = np.random.default_rng((self.seed, epoch, index))
+        stems = np.stack([self._draw_stem(source, rng) for source in SOURCES])
+        return mix_targets(stems, self.mix_background)
+
+    def _draw_stem(self, source: str, rng: np.random.Generator) -> np.ndarray:
+        track = self.tracks[rng.integers(len(self.tracks))]
+        start = int(rng.integers(track.length - self.length + 1))
+        gain = np.float32(rng.uniform(0.25, 1.25))
+        swap = rng.random() < 0.5
+        audio = track.read(source, start, self.length)
+        return gain * (audio[::-1] if swap else audio)
+
+
+class TrackDataset(Dataset):
+    """Whole tracks as they are: (mixture, targets) as in SegmentDataset."""
+
+    def __init__(self, tracks: Sequence[Track], mix_background: bool = True):
+        self.tracks, self.mix_background = tracks, mix_background
+
+    def __len__(self) -> int:
+        return len(self.tracks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        stems = np.stack([self.tracks[index].read(source) for source in SOURCES])
+        return mix_targets(stems, self.mix_background)
+
+
+def mix_targets(stems: np.ndarray, mix_background: bool) -> tuple[Tensor, Tensor]:
+    """Stems in the order of SOURCES to (mixture, targets).
+
+    Shape:
+        - stems: (4, channels, T)
+        - mixture: (channels, T), the sum of the targets
+        - targets: (2, channels, T): vocals and the rest; (4, channels, T) without mix_background
+    """
+    targets = torch.from_numpy(stems)
+    if mix_background:
+        targets = torch.stack([targets[0], targets[1:].sum(0)])
+    return targets.sum(0), targets
+
+
+class EpochSampler(Sampler):
+    """Yields this rank's (epoch, index) pairs, all items shuffled anew every epoch.
+
+    The epoch travels with the index because workers that live on would not hear of it otherwise.
+    Ranks get equally many items, so up to ranks - 1 items are left out of an epoch.
+    """
+
+    def __init__(self, items: int, seed: int = 0):
+        self.items, self.seed, self.epoch = items, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.items // _rank_and_ranks()[1]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, ranks = _rank_and_ranks()
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.items)
+        for index in order[rank : len(self) * ranks : ranks]:
+            yield self.epoch, int(index)
+
+
+class RankSampler(Sampler):
+    """Yields this rank's share of the indices in order, each index on one rank only."""
+
+    def __init__(self, items: int):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self._share())
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._share()
+
+    def _share(self) -> range:
+        rank, ranks = _rank_and_ranks()
+        return range(rank, self.items, ranks)
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    # Asked when needed: samplers are made before Lightning starts the process group.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

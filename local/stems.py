@@ -1,0 +1,107 @@
+"""MUSDB18 as distributed, one .stem.mp4 per track, to the wav tree of MUSDB18-HQ.
+
+`python -m local.stems ROOT OUT` decodes ROOT/{train,test}/TRACK.stem.mp4 to
+OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from local.config import OneLineParser, UserError, clear_errors, raise_together
+
+SUFFIX = ".stem.mp4"
+# The order of the audio streams in a file.
+STREAMS = ("mixture", "drums", "bass", "other", "vocals")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m local.stems", description=__doc__)
+    parser.add_argument("root", type=Path, help="folder with train/*.stem.mp4 and test/*.stem.mp4")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tracks at a time")
+    with clear_errors(parser.prog):
+        args = parser.parse_args(argv)
+        if args.jobs < 1:
+            raise UserError(f"--jobs must be at least 1, got {args.jobs}")
+        decoded, kept = decode_tree(args.root, args.out, args.jobs)
+    print(f"{args.out}: {decoded} tracks decoded, {kept} there already")
+
+
+def stem_files(root: Path, split: str) -> list[Path]:
+    """The .stem.mp4 files of ROOT/`split`, sorted by name."""
+    return sorted((root / split).glob(f"[!.]*{SUFFIX}"))
+
+
+def track_name(stem_file: Path) -> str:
+    return stem_file.name.removesuffix(SUFFIX)
+
+
+def need_ffmpeg() -> None:
+    """Raises a UserError where ffmpeg or ffprobe is not on the PATH."""
+    missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not found on the PATH; install ffmpeg"
+            " (Debian, Ubuntu: sudo apt-get install ffmpeg)"
+        )
+
+
+def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
+    """Decodes every track that is not in `out` yet; returns how many it decoded, how many it kept.
+
+    Raises:
+        UserError: ffmpeg is missing, there is nothing to decode, or lists the tracks that failed,
+            after decoding the others.
+    """
+    need_ffmpeg()
+    files = {path: out / split for split in ("train", "test") for path in stem_files(root, split)}
+    if not files:
+        raise UserError(f"{root} holds no train/TRACK{SUFFIX} or test/TRACK{SUFFIX}")
+    folders = {path: split_folder / track_name(path) for path, split_folder in files.items()}
+    missing = {path: folder for path, folder in folders.items() if not folder.exists()}
+    faults = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="track") as bar:
+        futures = [pool.submit(decode_track, *item) for item in missing.items()]
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except UserError as error:
+                faults.append(str(error))
+            bar.update()
+    raise_together(
+        sorted(faults), heading=f"{len(missing) - len(faults)} tracks decoded, not these"
+    )
+    return len(missing), len(folders) - len(missing)
+
+
+def decode_track(stem_file: Path, folder: Path) -> None:
+    """Writes the five streams of a file as 16-bit wav; `folder` appears when all are there.
+
+    Raises:
+        UserError: the file cannot be decoded, or the folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        command = ["ffmpeg", "-nostdin", "-xerror", "-loglevel", "error", "-i", stem_file]
+        for stream, name in enumerate(STREAMS):
+            command += ["-map", f"0:a:{stream}", "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            reason = (result.stderr.strip().splitlines() or ["ffmpeg failed"])[-1]
+            raise UserError(f"{stem_file}: cannot be decoded: {reason}")
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
