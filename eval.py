@@ -122,8 +122,8 @@ def prepare_out(out: Path, names: dict) -> Path:
     others = sorted(path.name for path in scores if path.stem not in names)
     if others:
         raise UserError(
-            f"--out_dir: {out} holds scores of another test set ({others[0]}, {len(others)} in all);"
-            " name another --out_dir"
+            f"--out_dir: {out} holds scores of another test set ({others[0]},"
+            f" {len(others)} in all); name another --out_dir"
         )
     return out
 

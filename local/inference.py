@@ -19,9 +19,9 @@ def separate(
 ) -> Tensor:
     """Separates window by window and crossfades, as the challenge's baseline does.
 
-    A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into the
-    one before; over these the two are crossfaded linearly, both ends of the ramp included. The first
-    window has nothing before it and the last nothing after it, so the ends of the song are not faded.
+    A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into
+    the one before; there the two are crossfaded linearly, both ends of the ramp included. The
+    first window has nothing before it and the last nothing after it: the song's ends do not fade.
 
     Args:
         model: with attributes `C` and `samplerate`; on any device, in eval mode.

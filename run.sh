@@ -1,0 +1,151 @@
+#!/usr/bin/env bash
+# From a bare machine to scores: install and data (stage 0), training (1), evaluation (2).
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+./run.sh [options] [flags of train.py]    train and evaluate; without --root, a demo of minutes
+./run.sh test [flags of pytest]           run the tests
+
+  --stage N       start at stage N: 0 install and data, 1 train, 2 evaluate  [0]
+  --root MUSDB18  the data set, wav or .stem.mp4; trains the whole model with conf.yml's defaults
+  --tag NAME      name of the run: everything goes to exp/NAME  [demo, or musdb18 with --root]
+  --id GPUS       GPUs to use, such as 0 or 0,1  [all there are]
+EOF
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$here/.venv/bin/python
+
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
+
+# A model and a schedule that learn the demo songs in minutes on two cores.
+demo_flags=(
+    --N 64 --L 40 --B 32 --H 64 --X 5 --R 2
+    --segment 2 --samples_per_track 16 --batch_size 4 --aggregate 1 --epochs 10 --lr 0.002
+    --num_workers 1
+)
+
+install_system_packages() {
+    local packages=() candidate system_python=
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            system_python=$candidate
+            break
+        fi
+    done
+    [ -n "$system_python" ] || fail "Python 3.10 or newer is needed, and there is none on the PATH"
+    "$system_python" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+    command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || packages+=(ffmpeg)
+    # asteroid pulls in pesq, which is compiled on installation.
+    command -v cc >/dev/null || packages+=(gcc libc6-dev)
+    local headers='import os, sysconfig as s; print(os.path.join(s.get_path("include"), "Python.h"))'
+    [ -e "$("$system_python" -c "$headers")" ] || packages+=(python3-dev)
+    if [ ${#packages[@]} -gt 0 ]; then
+        if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+            fail "missing on this machine; install with: sudo apt-get install ${packages[*]}"
+        fi
+        say "stage 0: installing ${packages[*]}"
+        apt-get update -q
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${packages[@]}"
+    fi
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        say "stage 0: making .venv"
+        rm -rf "$here/.venv"
+        "$system_python" -m venv "$here/.venv"
+    fi
+}
+
+install() {
+    install_system_packages
+    local installed=$here/.venv/requirements.txt
+    if ! cmp -s "$here/requirements.txt" "$installed"; then
+        say "stage 0: installing requirements.txt"
+        "$python" -m pip install -r "$here/requirements.txt"
+        cp "$here/requirements.txt" "$installed"
+    fi
+}
+
+module() { (cd "$here" && "$python" -m "$@"); }
+
+if [ "${1:-}" = test ]; then
+    shift
+    install
+    cd "$here"
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    exec "$python" -m pytest "$@"
+fi
+
+stage=0 root='' packed='' tag='' gpus='' train_flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage; exit ;;
+        --stage | --root | --tag | --id)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            case $1 in
+                --stage) stage=$2 ;;
+                --root) root=$(realpath -m "$2") ;;
+                --tag) tag=$2 ;;
+                --id) gpus=$2 ;;
+            esac
+            shift 2
+            ;;
+        *) train_flags+=("$1"); shift ;;
+    esac
+done
+[[ $stage =~ ^[012]$ ]] || fail "--stage must be 0, 1 or 2, got $stage"
+
+if [ -n "$root" ]; then
+    [ -d "$root" ] || fail "--root: no such folder: $root"
+    exp=$here/exp/${tag:-musdb18}
+    if compgen -G "$root/t*/*.stem.mp4" >/dev/null; then
+        packed=$root
+        root=$root-wav
+    fi
+else
+    exp=$here/exp/${tag:-demo}
+    train_flags=("${demo_flags[@]}" "${train_flags[@]}")
+fi
+
+if [ "$stage" -le 0 ]; then
+    install
+    if [ -z "$root" ]; then
+        say "stage 0: the demo data set"
+        module local.demo_musdb18 data/demo
+    elif [ -n "$packed" ]; then
+        say "stage 0: decoding $packed to $root"
+        module local.stems "$packed" "$root"
+    fi
+fi
+[ -x "$python" ] || fail "there is no .venv yet; start with --stage 0"
+root=${root:-$here/data/demo}
+
+use_gpu=0
+if [ -n "$gpus" ]; then
+    export CUDA_VISIBLE_DEVICES=$gpus
+    train_flags=(--accelerator gpu "${train_flags[@]}")
+    use_gpu=1
+elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    use_gpu=1
+fi
+
+if [ "$stage" -le 1 ]; then
+    say "stage 1: training"
+    if [ -e "$exp/.trained" ]; then
+        echo "$exp is trained already; another --tag trains anew"
+    else
+        "$python" "$here/train.py" --exp_dir "$exp" --root "$root" "${train_flags[@]}"
+        touch "$exp/.trained"
+    fi
+fi
+
+say "stage 2: evaluation"
+"$python" "$here/eval.py" --exp_dir "$exp" --out_dir eval --use_gpu "$use_gpu"
+cat <<EOF
+
+separated audio    $exp/eval/TRACK/{vocals,accompaniment}.wav
+best model         $exp/best_model.pth
+results            $exp/eval/results.txt, results.csv; per track in eval/test/
+EOF

@@ -1,0 +1,111 @@
+"""A tiny corpus in the layout of MUSDB18-HQ, and how tests run the commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+RATE = 8000
+FILES = ("mixture", "vocals", "drums", "bass", "other")
+TRAIN_NAMES = (
+    "M.E.R.C. Music - Knockout",
+    'Clara & "Friends" - L\'été',
+    "Leaf - Summerghost",
+    "Zeno - Signs",
+)
+TEST_NAMES = ("AM Contra - Heart Peripheral", "Triviul feat. The Fiend - Widow")
+TINY_MODEL = ["--N", "16", "--L", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"]
+TINY_RUN = [
+    *TINY_MODEL,
+    *["--sample_rate", str(RATE), "--segment", "0.5", "--samples_per_track", "4"],
+    *["--epochs", "1", "--num_workers", "0", "--aggregate", "1"],
+]
+
+
+def make_stems(seconds: float, rate: int, seed: int) -> dict[str, np.ndarray]:
+    """Four stereo stems and their mixture, (T, 2) int16; the voice is easy to tell apart."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    pitch = rng.uniform(300, 400)
+    tones = {"vocals": pitch, "bass": pitch / 8, "other": 3.1 * pitch}
+    stems = {name: 0.1 * np.sin(2 * np.pi * pitch * time) for name, pitch in tones.items()}
+    stems["drums"] = 0.2 * rng.standard_normal(len(time)) * np.exp(-20 * (time % 0.25))
+    panned = {name: np.stack([x, rng.uniform(0.5, 0.9) * x], axis=1) for name, x in stems.items()}
+    noisy = {name: x + rng.normal(0, 1e-3, x.shape) for name, x in panned.items()}
+    stems = {
+        name: np.rint(x * 32768).clip(-8000, 8000).astype(np.int16) for name, x in noisy.items()
+    }
+    return {"mixture": sum(stems.values()), **stems}
+
+
+def write_track(folder: Path, seconds=1.5, rate=RATE, suffix="wav", seed=0) -> Path:
+    folder.mkdir(parents=True)
+    for name, audio in make_stems(seconds, rate, seed).items():
+        sf.write(folder / f"{name}.{suffix}", audio, rate)
+    return folder
+
+
+def write_corpus(root: Path, suffix="wav") -> Path:
+    for seed, name in enumerate(TRAIN_NAMES):
+        write_track(root / "train" / name, 1.5 + 0.1 * seed, suffix=suffix, seed=seed)
+    for seed, name in enumerate(TEST_NAMES, start=100):
+        write_track(root / "test" / name, 2.3, suffix=suffix, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A corpus that no test changes."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def own_corpus(corpus, tmp_path) -> Path:
+    """A copy that the test may spoil."""
+    return Path(shutil.copytree(corpus, tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def experiment(corpus, tmp_path_factory) -> Path:
+    """A run of train.py on the corpus that no test changes."""
+    exp_dir = tmp_path_factory.mktemp("exp") / "run"
+    result = run_command(
+        "train.py", "--exp_dir", exp_dir, "--root", corpus, *TINY_RUN, "--epochs", "3"
+    )
+    assert result.returncode == 0, result.stderr
+    return exp_dir
+
+
+def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a script of this project in a process of its own, from any folder."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+
+
+def run_module(module: str, *args, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", module, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs a command's main; returns its error, after checking how it was reported."""
+
+    def run(main, *args) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert ": error: " in error
+        assert "Traceback" not in error
+        return error
+
+    return run

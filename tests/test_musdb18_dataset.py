@@ -1,0 +1,370 @@
+import importlib.util
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+import yaml
+from conftest import RATE, TEST_NAMES, TRAIN_NAMES, make_stems, write_corpus, write_track
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from local.musdb18_dataset import (
+    SOURCES,
+    VALIDATION_TRACKS,
+    DatasetError,
+    EpochSampler,
+    RankSampler,
+    SegmentDataset,
+    TrackDataset,
+    find_tracks,
+    split_validation,
+)
+
+LENGTH = 4000
+
+
+@pytest.fixture(scope="module")
+def tracks(corpus):
+    return find_tracks(corpus, "train", RATE)
+
+
+@pytest.fixture(scope="module")
+def segments(tracks):
+    return SegmentDataset(tracks, LENGTH, samples_per_track=8, seed=3)
+
+
+def fault_of(root: Path, split="train", **options) -> str:
+    with pytest.raises(DatasetError) as error:
+        find_tracks(root, split, RATE, **options)
+    return str(error.value)
+
+
+# Tracks
+
+
+def test_the_validation_list_is_that_of_musdb():
+    package = Path(importlib.util.find_spec("musdb").origin).parent
+    listed = yaml.safe_load((package / "configs" / "mus.yaml").read_text())["validation_tracks"]
+    assert VALIDATION_TRACKS == tuple(listed)
+
+
+def test_tracks_are_sorted_and_keep_their_whole_names(corpus, tracks):
+    assert [track.name for track in tracks] == sorted(TRAIN_NAMES)
+    assert [track.name for track in find_tracks(corpus, "test", RATE)] == sorted(TEST_NAMES)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_reading_gives_exactly_the_samples_of_the_file(suffix, tmp_path):
+    write_track(tmp_path / "train" / "T.1 & co", 1.0, suffix=suffix, seed=7)
+    (track,) = find_tracks(tmp_path, "train", RATE, suffix)
+    for source, stem in make_stems(1.0, RATE, 7).items():
+        audio = track.read(source, 100, 1000)
+        assert audio.dtype == np.float32
+        np.testing.assert_array_equal(audio * 32768, stem[100:1100].T)
+        np.testing.assert_array_equal(track.read(source) * 32768, stem.T)
+
+
+def test_a_segment_reads_no_more_than_its_samples(tracks, segments, monkeypatch):
+    lengths, read = [], sf.read
+
+    def spy(path, frames, *args, **kwargs):
+        lengths.append((frames, kwargs["dtype"]))
+        return read(path, frames, *args, **kwargs)
+
+    monkeypatch.setattr(sf, "read", spy)
+    segments[0, 0]
+    assert lengths == [(LENGTH, "float32")] * 4
+
+
+def test_validation_tracks_are_never_trained_on(tracks):
+    training, validation = split_validation(tracks)
+    assert [track.name for track in validation] == ["Leaf - Summerghost"]
+    assert {track.name for track in training} == set(TRAIN_NAMES) - {"Leaf - Summerghost"}
+
+
+def test_validation_tracks_from_a_file(tracks, tmp_path):
+    names = tmp_path / "valid.txt"
+    names.write_text(f"{TRAIN_NAMES[1]}\n\n  {TRAIN_NAMES[0]}\n", encoding="utf-8")
+    training, validation = split_validation(tracks, names)
+    assert {track.name for track in validation} == set(TRAIN_NAMES[:2])
+    assert {track.name for track in training} == set(TRAIN_NAMES[2:])
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("Nobody - Nothing\n" + TRAIN_NAMES[0], "--valid_tracks: not in train/: Nobody - Nothing"),
+        ("", "pass --valid_tracks FILE"),
+        ("\n".join(TRAIN_NAMES), "every track of train/ is a validation track"),
+        (None, "--valid_tracks: cannot be read"),
+    ],
+)
+def test_faults_of_a_validation_file(tracks, tmp_path, content, words):
+    names = tmp_path / "valid.txt"
+    if content is not None:
+        names.write_text(content, encoding="utf-8")
+    with pytest.raises(DatasetError, match=words):
+        split_validation(tracks, names)
+
+
+def test_no_known_validation_track(tracks):
+    with pytest.raises(DatasetError, match="--valid_tracks FILE"):
+        split_validation([track for track in tracks if track.name not in VALIDATION_TRACKS])
+
+
+# Faults of the files
+
+
+def test_faults_of_the_layout(tmp_path):
+    assert "no such folder" in fault_of(tmp_path / "nowhere")
+    assert "holds no train/TRACK/vocals.wav" in fault_of(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert "holds no tracks" in fault_of(tmp_path)
+    (tmp_path / "train" / "A - B.stem.mp4").touch()
+    assert "python -m local.stems" in fault_of(tmp_path)
+
+
+def test_every_fault_of_the_files_is_reported_at_once(own_corpus):
+    first, second, third, fourth = sorted((own_corpus / "train").iterdir())
+    (first / "bass.wav").unlink()
+    (first / "drums.wav").write_bytes(b"RIFF, but no wav")
+    sf.write(second / "vocals.wav", np.zeros((100, 2)), RATE)
+    sf.write(second / "other.wav", np.zeros((0, 2)), RATE)
+    sf.write(third / "vocals.wav", np.zeros((12800, 1)), RATE)
+    sf.write(fourth / "vocals.wav", np.zeros((14400, 2)), 44100)
+    fault = fault_of(own_corpus)
+    for words in (
+        f"7 faults in {own_corpus}",
+        f"{first.name}/bass.wav: missing",
+        f"{first.name}/drums.wav: cannot be read",
+        f"{second.name}/other.wav: no samples",
+        f"{second.name}: files of different lengths",
+        "vocals.wav 100, bass.wav",
+        f"{third.name}/vocals.wav: expected 2 channels, got 1",
+        f"{fourth.name}/vocals.wav: expected 8000 Hz, got 44100 Hz",
+    ):
+        assert words in fault
+
+
+def test_the_other_suffix_is_pointed_at(tmp_path):
+    write_corpus(tmp_path, suffix="flac")
+    fault = fault_of(tmp_path)
+    assert "vocals.wav: missing (there is vocals.flac: see --suffix)" in fault
+    assert find_tracks(tmp_path, "train", RATE, suffix="flac")
+
+
+def test_hundreds_of_faults_are_counted(tmp_path):
+    for index in range(10):
+        (tmp_path / "train" / f"{index}").mkdir(parents=True)
+    fault = fault_of(tmp_path)
+    assert "40 faults" in fault
+    assert fault.endswith("and 20 more")
+
+
+def test_the_mixture_is_not_needed_for_training_but_for_the_test(own_corpus):
+    for split in ("train", "test"):
+        for folder in (own_corpus / split).iterdir():
+            (folder / "mixture.wav").unlink()
+    assert find_tracks(own_corpus, "train", RATE)
+    assert "mixture.wav: missing" in fault_of(own_corpus, "test", sources=("mixture", *SOURCES))
+
+
+def test_hidden_folders_are_no_tracks(own_corpus):
+    (own_corpus / "train" / ".Half made.tmp").mkdir()
+    (own_corpus / "train" / "notes.txt").touch()
+    assert len(find_tracks(own_corpus, "train", RATE)) == len(TRAIN_NAMES)
+
+
+def test_tracks_shorter_than_a_segment_are_listed(tracks):
+    with pytest.raises(DatasetError) as error:
+        SegmentDataset(tracks, int(1.65 * RATE))
+    assert "1.50 s, shorter than --segment 1.65" in str(error.value)
+    assert "2 faults" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_none_is_found_with_its_place(own_corpus, value):
+    path = own_corpus / "train" / TRAIN_NAMES[0] / "vocals.wav"
+    audio, _ = sf.read(path, dtype="float32")
+    audio[6000, 1] = value
+    sf.write(path, audio, RATE, "FLOAT")
+    track = next(t for t in find_tracks(own_corpus, "train", RATE) if t.name == TRAIN_NAMES[0])
+    with pytest.raises(DatasetError) as error:
+        track.read("vocals", 1000, 6000)
+    assert f"{path}: not a finite number at sample 6000 (0.750 s)" in str(error.value)
+    assert np.isfinite(track.read("vocals", 0, 6000)).all()
+
+
+def test_a_file_that_shrinks_or_goes_during_the_run_is_named(own_corpus):
+    track = find_tracks(own_corpus, "train", RATE)[0]
+    sf.write(track.path("bass"), np.zeros((50, 2)), RATE)
+    with pytest.raises(DatasetError, match="bass.wav: "):
+        track.read("bass", 10, 1000)
+    track.path("bass").unlink()
+    with pytest.raises(DatasetError, match="bass.wav: cannot be read"):
+        track.read("bass", 10, 1000)
+
+
+# Items
+
+
+def test_the_mixture_is_the_sum_of_the_targets(segments):
+    mixture, targets = segments[0, 5]
+    assert mixture.shape == (2, LENGTH)
+    assert targets.shape == (2, 2, LENGTH)
+    assert mixture.dtype == targets.dtype == torch.float32
+    assert torch.equal(mixture, targets.sum(0))
+
+
+def test_a_source_is_a_segment_with_a_gain_and_perhaps_swapped(corpus, tracks, segments):
+    """Each target 0 is found in exactly one vocals file, scaled by a gain within bounds."""
+    whole = {track.name: track.read("vocals") for track in tracks}
+    gains, swaps, origins, starts = [], [], set(), []
+    for index in range(len(segments)):
+        vocals = segments[1, index][1][0].numpy()
+        gain, swapped, name, start = locate(vocals, whole)
+        gains.append(gain)
+        swaps.append(swapped)
+        origins.add(name)
+        starts.append(start)
+    assert 0.25 <= min(gains) < 0.4
+    assert 1.1 < max(gains) <= 1.25
+    assert 0.2 < np.mean(swaps) < 0.8
+    assert origins == set(TRAIN_NAMES)
+    assert len(set(starts)) > 20
+
+
+def locate(segment: np.ndarray, whole: dict[str, np.ndarray]) -> tuple[float, bool, str, int]:
+    for name, audio in whole.items():
+        for swapped in (False, True):
+            channels = audio[::-1] if swapped else audio
+            windows = np.lib.stride_tricks.sliding_window_view(channels[0], 200)
+            probe = segment[0, :200]
+            gains = windows @ probe / np.square(windows).sum(1)
+            errors = np.abs(windows * gains[:, None] - probe).max(1)
+            start = int(errors.argmin())
+            found = channels[:, start : start + segment.shape[1]]
+            if found.shape == segment.shape and np.allclose(
+                found * gains[start], segment, atol=1e-6
+            ):
+                return float(gains[start]), swapped, name, start
+    raise AssertionError("a segment that is in no file")
+
+
+def test_stems_of_an_item_come_from_tracks_of_their_own(tracks):
+    dataset = SegmentDataset(tracks, LENGTH, samples_per_track=8, mix_background=False)
+    whole = {s: {track.name: track.read(s) for track in tracks} for s in SOURCES}
+    mixed = 0
+    for index in range(6):
+        mixture, targets = dataset[0, index]
+        assert targets.shape == (4, 2, LENGTH)
+        torch.testing.assert_close(mixture, targets.sum(0), rtol=0, atol=1e-7)
+        names = {locate(targets[i].numpy(), whole[s])[2] for i, s in enumerate(SOURCES)}
+        mixed += len(names) > 1
+    assert mixed >= 5
+
+
+def test_four_targets_are_stacked_in_the_published_order(tracks):
+    (mixture, targets), track = TrackDataset(tracks, mix_background=False)[1], tracks[1]
+    for target, source in zip(targets, ("vocals", "bass", "drums", "other"), strict=True):
+        np.testing.assert_array_equal(target.numpy(), track.read(source))
+    torch.testing.assert_close(mixture, targets.sum(0), rtol=0, atol=1e-7)
+
+
+def test_a_validation_item_is_a_whole_track_as_it_is(tracks):
+    mixture, targets = TrackDataset(tracks)[2]
+    assert targets.shape == (2, 2, tracks[2].length)
+    np.testing.assert_array_equal(targets[0].numpy(), tracks[2].read("vocals"))
+    np.testing.assert_allclose(mixture.numpy(), tracks[2].read("mixture"), atol=1e-7)
+
+
+def test_an_epoch_has_tracks_times_samples_per_track_items(segments):
+    assert len(segments) == len(TRAIN_NAMES) * 8
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**40), epoch=st.integers(0, 500), index=st.integers(0, 31))
+def test_an_item_is_a_function_of_seed_epoch_and_index(tracks, seed, epoch, index):
+    one, two = (SegmentDataset(tracks, LENGTH, 8, seed=seed) for _ in range(2))
+    two[epoch, (index + 1) % 32]  # what was read before does not matter
+    assert torch.equal(one[epoch, index][1], two[epoch, index][1])
+    assert not torch.equal(one[epoch, index][1], one[epoch + 1, index][1])
+    assert not torch.equal(one[epoch, index][1], one[epoch, index + 1][1])
+    other = SegmentDataset(tracks, LENGTH, 8, seed=seed + 1)
+    assert not torch.equal(one[epoch, index][1], other[epoch, index][1])
+
+
+def loaded_epochs(dataset, workers: int, context=None) -> list[torch.Tensor]:
+    sampler = EpochSampler(len(dataset), seed=5)
+    loader = DataLoader(
+        dataset,
+        batch_size=5,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context=context,
+    )
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(torch.cat([targets for _, targets in loader]))
+    return epochs
+
+
+def test_epochs_are_the_same_for_any_number_of_workers(segments):
+    alone = loaded_epochs(segments, 0)
+    assert len(alone[0]) == 30  # the incomplete batch is dropped
+    assert not torch.equal(alone[0], alone[1])
+    for workers in (1, 3):
+        for expected, found in zip(alone, loaded_epochs(segments, workers), strict=True):
+            assert torch.equal(expected, found)
+
+
+def test_the_data_sets_can_be_sent_to_spawned_workers(segments):
+    context = multiprocessing.get_context("spawn")
+    assert torch.equal(loaded_epochs(segments, 1, context)[1], loaded_epochs(segments, 0)[1])
+
+
+def test_a_fault_in_a_worker_names_the_file(own_corpus):
+    tracks = find_tracks(own_corpus, "train", RATE)
+    dataset = SegmentDataset(tracks, LENGTH, samples_per_track=2)
+    shutil.rmtree(own_corpus)
+    loader = DataLoader(dataset, sampler=EpochSampler(len(dataset)), num_workers=1)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        list(loader)
+
+
+@settings(max_examples=50, deadline=None)
+@given(items=st.integers(1, 60), ranks=st.integers(1, 5), epoch=st.integers(0, 9))
+def test_ranks_share_an_epoch(items, ranks, epoch):
+    with pytest.MonkeyPatch.context() as patch:
+        shares, valid = [], []
+        for rank in range(ranks):
+            patch.setattr("local.musdb18_dataset._rank_and_ranks", lambda r=rank: (r, ranks))
+            sampler = EpochSampler(items, seed=1)
+            sampler.set_epoch(epoch)
+            shares.append(list(sampler))
+            assert len(shares[-1]) == len(sampler)
+            valid.append(list(RankSampler(items)))
+            assert len(valid[-1]) == len(RankSampler(items))
+    assert {len(share) for share in shares} == {items // ranks}
+    trained = [position for share in shares for position in share]
+    assert len(set(trained)) == len(trained)
+    assert {epoch_ for epoch_, _ in trained} <= {epoch}
+    assert {index for _, index in trained} <= set(range(items))
+    assert sorted(index for share in valid for index in share) == list(range(items))
+
+
+def test_every_epoch_is_shuffled_anew():
+    sampler = EpochSampler(100, seed=0)
+    first = [index for _, index in sampler]
+    sampler.set_epoch(1)
+    second = [index for _, index in sampler]
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second != list(range(100))
