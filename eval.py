@@ -151,12 +151,11 @@ def evaluate_track(
     """Separates a track, saves the estimates where there is a folder for them, and scores it."""
     rate = model.samplerate
     form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
-    seconds = audio["mixture"].shape[-1] / rate
-    with tqdm(total=seconds, desc=f"{title}: separating", bar_format=form) as bar:
-        mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
-        sources = separate(
-            model, mixture, args.segment, args.overlap, lambda samples: bar.update(samples / rate)
-        ).numpy()
+    mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
+    bar = tqdm(total=mixture.shape[-1], unit_scale=1 / rate, bar_format=form)
+    with bar:
+        bar.set_description_str(f"{title}: separating")
+        sources = separate(model, mixture, args.segment, args.overlap, bar.update).numpy()
         # A model of four stems has the accompaniment in parts.
         estimates = {"vocals": sources[0], "accompaniment": sources[1:].sum(0)}
         if folder:

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
         make_demo(**vars(args))
-    print(f"{args.out}: {args.tracks} songs to train on, {len(VALID_NAMES)} to validate on, test/")
+    print(f"{args.out} is ready for train.py --root")
 
 
 def make_demo(out: str | Path, seconds: float = 12.0, tracks: int = 8, seed: int = 0) -> None:
@@ -86,7 +85,7 @@ def make_demo(out: str | Path, seconds: float = 12.0, tracks: int = 8, seed: int
     raise_together(faults, heading="the demo")
     try:
         claim(out, {"seconds": float(seconds), "tracks": tracks, "seed": seed})
-        for key, folder in tqdm(song_folders(out, tracks), desc=f"{out}", unit="song"):
+        for key, folder in tqdm(song_folders(out, tracks), desc="demo", unit="song"):
             if not folder.exists():
                 write_song(np.random.default_rng((seed, *key)), seconds, folder)
         add_excerpt(out / "test" / EXCERPT_NAME)
@@ -125,13 +124,12 @@ def song_folders(out: Path, tracks: int) -> list[tuple[tuple[int, int], Path]]:
 def write_song(rng: Generator, seconds: float, folder: Path) -> None:
     """Synthesises a song; `folder` appears when all five files are there."""
     stems = {source: to_pcm(rng, stem) for source, stem in synthesise_song(rng, seconds).items()}
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
-        song = Path(temporary) / folder.name
-        song.mkdir()
-        for source, pcm in {**stems, "mixture": sum(stems.values())}.items():
-            wavfile.write(song / f"{source}.wav", RATE, pcm)
-        os.replace(song, folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for source, pcm in {**stems, "mixture": sum(stems.values())}.items():
+        wavfile.write(temporary / f"{source}.wav", RATE, pcm)
+    os.replace(temporary, folder)
 
 
 def to_pcm(rng: Generator, stem: np.ndarray) -> np.ndarray:
@@ -285,10 +283,10 @@ def kick(rng: Generator) -> np.ndarray:
 
 
 def play_bass(rng: Generator, song: Song, samples: int) -> np.ndarray:
-    """The roots of the chords with some fifths and octaves, in one rhythm of eighths."""
+    """The roots of the chords and some fifths, in one rhythm of eighths."""
     lowest, tilt, decay = int(rng.integers(28, 33)), rng.uniform(1.2, 2.2), rng.uniform(0.3, 0.8)
     steps = [0, *np.flatnonzero(rng.random(7) < 0.6) + 1]
-    line = [(step, rng.choice([0, 0, 0, 4, 7]) if step else 0) for step in steps]
+    line = [(step, rng.choice([0, 0, 0, 4]) if step else 0) for step in steps]
     hits = [
         (start + step * song.beat / 2, within_octave(song.note(root + interval), lowest), 1.0)
         for start, root in song.bars(samples / RATE)

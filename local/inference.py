@@ -39,7 +39,7 @@ def separate(
     """
     hop = int(model.samplerate * segment * (1 + overlap))
     fade = int(model.samplerate * overlap)
-    if not 0 <= fade < hop:
+    if not (0 <= overlap < segment and fade < hop):
         raise ValueError(f"expected 0 <= overlap < segment, got {overlap} and {segment} seconds")
     channels, time = mixture.shape
     device = next(model.parameters()).device

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from local.checkpoint import atomic_path, save_best_model
@@ -26,15 +27,22 @@ class MusicSystem(System):
         self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
+    def on_validation_epoch_start(self):
+        self._val_sum = torch.zeros(2, device=self.device)  # of the losses, and how many
+
     def validation_step(self, batch, batch_nb):
-        """Logs val_loss: the mean over the tracks of all ranks."""
+        """Adds the loss of a whole track."""
         loss = self.common_step(batch, batch_nb, train=False)
-        self.log("val_loss", loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=1)
+        self._val_sum += torch.stack([loss, torch.ones_like(loss)])
 
     def on_validation_epoch_end(self):
-        # asteroid's own sends val_loss to the logger as hp_metric, and dies where there is none.
+        """Logs val_loss, the mean over the tracks of all ranks; ranks may have unequal shares."""
+        total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
+        val_loss = total / count
+        self.log("val_loss", val_loss, prog_bar=True, sync_dist=True, batch_size=1)
         if self.trainer.logger is not None:
-            super().on_validation_epoch_end()
+            metrics = {"hp_metric": val_loss.item()}
+            self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def on_train_epoch_start(self):
         self._epoch_start = self._last_step = time.perf_counter()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from local import demo_musdb18
 from local.config import UserError
-from local.demo_musdb18 import EXCERPT_NAME, RATE, make_demo
+from local.demo_musdb18 import EXCERPT_NAME, RATE, add_excerpt, make_demo
 from local.musdb18_dataset import SOURCES, VALIDATION_TRACKS
 
 SECONDS = 3.3  # neither a whole number of seconds nor of bars
@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_written_is_a_user_error(below, tmp_path):
         make_demo(f"{tmp_path}/file{below}")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32), seconds=st.floats(demo_musdb18.SHORTEST, 5))
 def test_any_song_is_stereo_in_range_and_of_the_length_asked(seed, seconds):
     stems = song(seed, seconds)
@@ -180,7 +180,7 @@ def test_any_song_is_stereo_in_range_and_of_the_length_asked(seed, seconds):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_voice_sings_most_of_the_time_and_rests_between_phrases(seed):
-    vocals = song(seed, seconds=10)["vocals"]
+    vocals = song(seed, seconds=8)["vocals"]
     loudness = levels(vocals, 0.1)
     assert (loudness > 0.3 * loudness.max()).mean() > 0.4
     assert 0.03 < (loudness < 0.03 * loudness.max()).mean() < 0.4
@@ -188,33 +188,35 @@ def test_the_voice_sings_most_of_the_time_and_rests_between_phrases(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_voice_is_as_loud_in_the_mixture_as_in_pop_music(seed):
-    stems = song(seed, seconds=10)
+    stems = song(seed, seconds=8)
     band = stems["drums"] + stems["bass"] + stems["other"]
     ratio = 20 * np.log10(levels(stems["vocals"], 1) / levels(band, 1))
     assert -8 < np.median(ratio) < 1
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_drums_and_bass_keep_the_tempo_and_bass_the_key(seed):
-    score = demo_musdb18.compose(np.random.default_rng(seed))
-    stems = song(seed, seconds=10)
-    for start, degree in list(score.bars(10))[1:-1]:
+def test_the_drums_strike_at_the_start_of_every_bar(seed):
+    drums = song(seed, seconds=8)["drums"]
+    for start, _ in list(demo_musdb18.compose(np.random.default_rng(seed)).bars(8))[1:-1]:
         at = round(start * RATE)
-        before, after = stems["drums"][:, at - 1000 : at], stems["drums"][:, at : at + 1000]
+        before, after = drums[:, at - 1000 : at], drums[:, at : at + 1000]
         assert np.abs(after).max() > 2 * np.abs(before).max()
 
-        struck = stems["bass"][0, at : at + round(0.5 * score.beat * RATE)]
-        spectrum = np.abs(np.fft.rfft(struck * np.hanning(len(struck)), 2**18))
-        lowest, highest = np.array([35, 130]) * 2**18 // RATE
-        hertz = (lowest + spectrum[lowest:highest].argmax()) * RATE / 2**18
-        note = 69 + 12 * np.log2(hertz / 440)
-        assert abs((note - score.note(degree) + 6) % 12 - 6) < 0.5
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bass_starts_on_the_root_of_the_first_chord(seed):
+    score = demo_musdb18.compose(np.random.default_rng(seed))
+    struck = song(seed)["bass"][0, : round(0.5 * score.beat * RATE)]
+    spectrum = np.abs(np.fft.rfft(struck * np.hanning(len(struck)), n=10 * RATE))
+    hertz = (350 + spectrum[350:1300].argmax()) / 10
+    distance = 69 + 12 * np.log2(hertz / 440) - score.note(score.progression[0])
+    assert abs((distance + 6) % 12 - 6) < 0.5
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg decodes the excerpt")
 def test_the_excerpt_is_a_real_recording_whose_stems_add_up(tmp_path):
     folder = tmp_path / EXCERPT_NAME
-    demo_musdb18.add_excerpt(folder)
+    add_excerpt(folder)
     tracks = {file.stem: sf.read(file)[0] for file in folder.iterdir()}
     assert set(tracks) == {"mixture", *SOURCES}
     error = tracks["mixture"] - sum(tracks[source] for source in SOURCES)
@@ -223,6 +225,6 @@ def test_the_excerpt_is_a_real_recording_whose_stems_add_up(tmp_path):
 
 def test_without_ffmpeg_the_excerpt_is_left_out_with_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_musdb18.shutil, "which", lambda program: None)
-    demo_musdb18.add_excerpt(tmp_path / EXCERPT_NAME)
+    add_excerpt(tmp_path / EXCERPT_NAME)
     assert "ffmpeg" in capsys.readouterr().err
     assert not (tmp_path / EXCERPT_NAME).exists()

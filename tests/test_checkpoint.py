@@ -1,0 +1,171 @@
+import io
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+import yaml
+from torch.torch_version import TorchVersion
+
+from local.checkpoint import atomic_path, load_model, save_best_model
+from local.config import UserError, make_model, parse_conf, read_yaml
+from local.tasnet import ConvTasNetStereo
+
+FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
+
+
+@pytest.fixture
+def conf() -> dict:
+    return parse_conf(FLAGS)
+
+
+@pytest.fixture
+def model(conf) -> ConvTasNetStereo:
+    return make_model(conf).eval()
+
+
+def same(one: ConvTasNetStereo, two: ConvTasNetStereo) -> bool:
+    mixture = torch.randn(1, 2, 500)
+    return not one.training and torch.equal(one(mixture), two(mixture))
+
+
+def error_of(source) -> str:
+    with pytest.raises(UserError) as error:
+        load_model(source)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_best_model_needs_nothing_else_to_be_rebuilt(tmp_path, conf, model):
+    path = tmp_path / "best_model.pth"
+    save_best_model(path, model, conf)
+    loaded = load_model(path)
+    assert same(loaded, model)
+    assert loaded.samplerate == 8000
+
+
+def test_best_model_holds_plain_types_and_what_is_published(tmp_path, conf, model):
+    path = tmp_path / "best_model.pth"
+    save_best_model(path, model, conf)
+    content = torch.load(path, weights_only=True)
+    assert content["model_name"] == "ConvTasNetStereo"
+    assert {"state_dict", "infos", "dataset", "task", "licenses"} <= set(content)
+    assert content["infos"]["software_versions"]["torch"].startswith(
+        torch.__version__.split("+")[0]
+    )
+
+    def kinds(value):
+        if isinstance(value, dict):
+            return set().union(*map(kinds, value.values()))
+        if isinstance(value, list):
+            return set().union(*map(kinds, value))
+        return {type(value)}
+
+    assert kinds(content) <= {str, int, float, bool, torch.Tensor}
+
+
+def test_a_published_file_takes_its_arguments_from_the_configuration_beside_it(
+    tmp_path, conf, model
+):
+    content = {
+        "model_name": "ConvTasNetStereo",
+        "state_dict": model.state_dict(),
+        "infos": {"software_versions": {"torch_version": TorchVersion("1.13.1")}},
+        "dataset": "MUSDB18",
+    }
+    torch.save(content, tmp_path / "best_model.pth")
+    assert "holds no model arguments" in error_of(tmp_path / "best_model.pth")
+    published = {**conf, "positional arguments": {}, "main_args": {"exp_dir": "x", "help": None}}
+    (tmp_path / "conf.yml").write_text(yaml.safe_dump(published))
+    assert same(load_model(tmp_path / "best_model.pth"), model)
+    (tmp_path / "conf.yml").write_text("data: {}")
+    assert "no convtasnet section" in error_of(tmp_path / "best_model.pth")
+
+
+def test_lightning_checkpoints_and_the_best_model_agree(experiment):
+    best = load_model(experiment / "best_model.pth")
+    scores = read_yaml(experiment / "best_k_models.json")
+    name = min(scores, key=scores.get)
+    assert same(best, load_model(experiment / name))
+
+
+def test_folders_of_save_pretrained(tmp_path, model):
+    model.save_pretrained(tmp_path / "folder")
+    assert same(load_model(tmp_path / "folder"), model)
+    (tmp_path / "empty").mkdir()
+    assert "not a usable folder" in error_of(tmp_path / "empty")
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    assert "no such file or folder" in error_of(tmp_path / "best_model.pth")
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "from the hub" in error_of("cadenzachallenge/NoSuchModel")
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 6000])
+def test_a_truncated_file(tmp_path, conf, model, size):
+    path = tmp_path / "best_model.pth"
+    save_best_model(path, model, conf)
+    path.write_bytes(path.read_bytes()[:size])
+    assert "damaged, cut short" in error_of(path)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    for name, write in {
+        "plain.pth": lambda path: path.write_bytes(pickle.dumps(Payload())),
+        "zip.pth": lambda path: torch.save({"state_dict": {"x": Payload()}}, path),
+    }.items():
+        write(tmp_path / name)
+        assert "not made of weights alone" in error_of(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda content: content.update(model_name="DPTNet"), "holds a DPTNet"),
+        (lambda content: content.pop("state_dict"), "holds no state_dict"),
+        (lambda content: content["model_args"].update(N=16), "another model: .*size mismatch"),
+        (lambda content: content["model_args"].update(norm_type="x"), "norm_type must be one of"),
+        (lambda content: content["model_args"].update(heads=2), "unexpected keyword .*heads"),
+        (lambda content: content["state_dict"].popitem(), "Missing key"),
+    ],
+)
+def test_another_model(tmp_path, conf, model, change, words):
+    path = tmp_path / "best_model.pth"
+    save_best_model(path, model, conf)
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=words):
+        load_model(path)
+
+
+def test_something_else_than_a_checkpoint(tmp_path):
+    buffer = io.BytesIO()
+    torch.save([1, 2], buffer)
+    (tmp_path / "list.pth").write_bytes(buffer.getvalue())
+    assert "holds no state_dict" in error_of(tmp_path / "list.pth")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_moved_experiment_loads(experiment, tmp_path):
+    moved = shutil.copytree(experiment, tmp_path / "moved")
+    assert same(load_model(moved / "best_model.pth"), load_model(experiment / "best_model.pth"))

@@ -1,0 +1,230 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from local.config import CONF_FILE, UserError, make_model, parse_conf, read_conf
+
+PUBLISHED_DEFAULTS = {
+    "convtasnet": {
+        **{"N": 256, "L": 20, "B": 256, "H": 512, "P": 3, "X": 10, "R": 4, "C": 2},
+        **{"audio_channels": 2, "norm_type": "gLN", "causal": False, "mask_nonlinear": "relu"},
+    },
+    "training": {
+        **{"epochs": 200, "batch_size": 4, "num_workers": 4, "half_lr": True, "early_stop": True},
+        "aggregate": 2,
+    },
+    "optim": {"lr": 0.0005},
+    "data": {
+        **{"mix_background": True, "segment": 5.0, "samples_per_track": 64},
+        "sample_rate": 44100,
+    },
+    "main_args": {"exp_dir": "exp/tmp"},
+}
+NON_CAUSAL = (
+    "--exp_dir EXP --batch_size 4 --aggregate 2 --lr 0.0005 --root MUSDB18"
+    " --sample_rate 44100 --segment 5.0 --samples_per_track 64"
+).split()
+CAUSAL = (
+    "--exp_dir EXP --batch_size 4 --aggregate 1 --lr 0.0005 --root MUSDB18 --sample_rate 44100"
+    " --segment 4.0 --samples_per_track 64 --causal True --n_src 2 --norm_type cLN"
+).split()
+
+
+def write_conf(path, **changes):
+    """The shipped conf.yml with some keys changed: section__key=value."""
+    conf = yaml.safe_load(CONF_FILE.read_text())
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        conf.setdefault(section, {})[key] = value
+    path.write_text(yaml.safe_dump(conf))
+    return path
+
+
+def test_published_keys_have_their_published_defaults():
+    conf = parse_conf(["--root", "X"])
+    for section, keys in PUBLISHED_DEFAULTS.items():
+        for key, value in keys.items():
+            assert conf[section][key] == value
+            assert type(conf[section][key]) is type(value)
+
+
+def test_keys_are_unique_over_all_sections():
+    keys = [key for section in read_conf(CONF_FILE).values() for key in section]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_published_non_causal_command():
+    conf = parse_conf(NON_CAUSAL)
+    assert conf["training"]["aggregate"] == 2
+    assert conf["data"]["segment"] == 5.0
+    model = make_model(conf)
+    assert sum(p.numel() for p in model.parameters()) == 10_846_800
+    assert (model.causal, model.norm_type) == (False, "gLN")
+    assert (model.C, model.audio_channels, model.samplerate) == (2, 2, 44100)
+    assert [len(model.separator.network[2]), len(model.separator.network[2][0])] == [4, 10]
+
+
+def test_the_published_causal_command():
+    conf = parse_conf(CAUSAL)
+    assert conf["training"]["aggregate"] == 1
+    assert conf["data"]["segment"] == 4.0
+    model = make_model(conf)
+    assert sum(p.numel() for p in model.parameters()) == 10_846_800
+    assert (model.causal, model.norm_type, model.C) == (True, "cLN", 2)
+
+
+def test_every_key_is_a_flag():
+    argv = ["--root", "X"]
+    for section, keys in read_conf(CONF_FILE).items():
+        for key, value in keys.items():
+            if section != "main_args" and key not in ("root", "valid_tracks"):
+                argv += [f"--{key}", str(value)]
+    assert parse_conf(argv) == parse_conf(["--root", "X"])
+
+
+@pytest.mark.parametrize("word", ["yes", "true", "True", "1", "y"])
+def test_words_for_true(word):
+    assert parse_conf(["--root", "X", "--causal", word])["convtasnet"]["causal"] is True
+
+
+@pytest.mark.parametrize("word", ["no", "false", "False", "0", "n"])
+def test_words_for_false(word):
+    assert parse_conf(["--root", "X", "--half_lr", word])["training"]["half_lr"] is False
+
+
+def test_n_src_is_another_name_for_c():
+    conf = parse_conf(["--root", "X", "--n_src", "4", "--mix_background", "no"])
+    assert conf["convtasnet"]["C"] == 4
+
+
+def test_text_stays_text_and_whole_numbers_do_for_fractions(tmp_path):
+    path = write_conf(tmp_path / "conf.yml", data__segment=5, training__devices=2, data__root=2024)
+    conf = parse_conf(["--segment", "4.5"], path)
+    assert conf["data"]["segment"] == 4.5
+    assert conf["training"]["devices"] == "2"
+    assert conf["data"]["root"] == "2024"
+    assert parse_conf(["--root", "007"])["data"]["root"] == "007"
+
+
+def faults_of(argv, conf_file=CONF_FILE) -> str:
+    with pytest.raises(UserError) as error:
+        parse_conf(argv, conf_file)
+    return str(error.value)
+
+
+def test_faults_of_the_values_are_reported_together():
+    faults = faults_of(
+        "--N 0 --norm_type GLN --epochs 0 --lr -1 --suffix mp3 --precision 8 --max_steps 0"
+        " --segment nan --C 3 --audio_channels 1 --num_workers -1".split()
+    )
+    for words in (
+        "12 faults",
+        "--N must be a whole number of at least 1, got 0",
+        "--norm_type must be one of gLN, cLN, BN, id, got 'GLN'",
+        "--epochs must be at least 1, got 0",
+        "--lr must be a number above 0, got -1.0",
+        "--suffix must be one of wav, flac, got mp3",
+        "--precision must be one of",
+        "--max_steps must be at least 1, or -1 for no limit, got 0",
+        "--segment must be a number above 0, got nan",
+        "--root is needed",
+        "--C must be 2 with --mix_background True, got 3",
+        "--audio_channels must be 2 (stereo), got 1",
+        "--num_workers must be at least 0, got -1",
+    ):
+        assert words in faults
+
+
+def test_faults_of_the_file_are_reported_together(tmp_path):
+    path = write_conf(
+        tmp_path / "conf.yml",
+        training__batchsize=4,
+        optim__lr="5e-4",
+        convtasnet__causal="maybe",
+        data__segment=None,
+        training__epochs=2.5,
+        extra__key=1,
+    )
+    faults = faults_of([], path)
+    for words in (
+        f"{path}: 6 faults",
+        "training.batchsize: unknown key",
+        "optim.lr: expected a number, got '5e-4'; YAML reads it as a number when written 5.0e-4",
+        "convtasnet.causal: expected yes or no, got 'maybe'",
+        "data.segment: expected a number, got None",
+        "training.epochs: expected a whole number, got 2.5",
+        "extra: unknown section",
+    ):
+        assert words in faults
+
+
+@pytest.mark.parametrize(
+    "content", ["", "a: [", "- 1", "\x00", "!!python/object/apply:os.system []"]
+)
+def test_a_file_that_is_no_configuration(content, tmp_path):
+    path = tmp_path / "conf.yml"
+    path.write_text(content)
+    assert str(path) in faults_of([], path)
+
+
+def test_missing_keys_and_sections_are_named(tmp_path):
+    path = tmp_path / "conf.yml"
+    path.write_text("optim: {}\ntraining: 3\n")
+    faults = faults_of([], path)
+    assert "optim.lr: missing" in faults
+    assert "training: section missing" in faults
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+        (["--seg", "1"], "unrecognized arguments: --seg"),
+        (["--causal", "perhaps"], "argument --causal: Boolean value expected"),
+        (["--accelerator", "gpu"], "--accelerator gpu: torch sees no GPU"),
+    ],
+)
+def test_faults_of_flags(argv, words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert words in faults_of(["--root", "X", *argv])
+
+
+def test_help_shows_the_comments_of_conf_yml(capsys):
+    with pytest.raises(SystemExit):
+        parse_conf(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--segment SEGMENT seconds in a training item [5.0]" in text
+
+
+TORCHAUDIO = {
+    "missing": None,
+    "for a CUDA build": "raise OSError('libcudart.so: cannot open shared object file')",
+    "for another CUDA": "raise RuntimeError('PyTorch and TorchAudio were compiled with ...')",
+    "broken": "raise AttributeError('torch has no attribute x')",
+    "working": "class transforms: Resample = None\nclass functional: pass",
+}
+
+
+@pytest.mark.parametrize("kind", TORCHAUDIO)
+def test_asteroid_imports_whatever_torchaudio_does(kind, tmp_path):
+    """In a process of its own, with a torchaudio of our making first on the path."""
+    setup = "import sys; sys.modules['torchaudio'] = None"
+    if TORCHAUDIO[kind] is not None:
+        (tmp_path / "torchaudio").mkdir()
+        (tmp_path / "torchaudio" / "__init__.py").write_text(TORCHAUDIO[kind])
+        setup = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    code = (
+        f"{setup}\n"
+        "from local.config import import_asteroid\n"
+        "System = import_asteroid('asteroid.engine.system').System\n"
+        "replaced = 'torch_stoi' in sys.modules and sys.modules['torch_stoi'] is None\n"
+        "print(System.__name__, replaced)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout == f"System {kind != 'working'}\n", result.stderr

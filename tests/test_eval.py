@@ -1,0 +1,243 @@
+import csv
+import json
+import re
+import shutil
+
+import musdb
+import museval
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import RATE, TEST_NAMES, TINY_RUN, run_command, write_corpus
+from test_stems import excerpts  # noqa: F401
+
+import eval as evaluation
+import train
+from local.checkpoint import load_model
+from local.inference import separate
+
+
+def evaluate(*args) -> None:
+    evaluation.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def results(experiment, tmp_path_factory):
+    """An experiment evaluated with every default, and what was printed."""
+    exp_dir = shutil.copytree(experiment, tmp_path_factory.mktemp("eval") / "run")
+    result = run_command("eval.py", "--exp_dir", exp_dir, "--out_dir", "out")
+    assert result.returncode == 0, result.stderr
+    return exp_dir / "out", result
+
+
+def test_everything_promised_is_written(results):
+    out, result = results
+    for name in TEST_NAMES:
+        assert (out / "test" / f"{name}.json").is_file()
+        assert sorted(p.name for p in (out / name).iterdir()) == ["accompaniment.wav", "vocals.wav"]
+    text = (out / "results.txt").read_text()
+    assert text in result.stdout
+    assert str(out) in result.stdout
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["track"], row["target"]) for row in rows] == [
+        (name, target) for name in sorted(TEST_NAMES) for target in ("vocals", "accompaniment")
+    ]
+    for name in TEST_NAMES:
+        assert name in result.stderr  # its progress bar
+        assert re.search(rf"{re.escape(name)} +-?\d", text)
+
+
+def test_scores_are_those_of_museval_on_the_saved_audio_of_the_model(results, corpus, tmp_path):
+    out, _ = results
+    model = load_model(out.parent / "best_model.pth")
+    for track in musdb.DB(root=str(corpus), is_wav=True, subsets="test"):
+        mixture = torch.from_numpy(track.audio.T.astype(np.float32))
+        estimates = separate(model, mixture).numpy()
+        for estimate, target in zip(estimates, ("vocals", "accompaniment"), strict=True):
+            audio, rate = sf.read(out / track.name / f"{target}.wav", dtype="int16")
+            assert rate == RATE
+            expected = np.clip(np.rint(estimate.T * 32768.0), -32768, 32767)
+            np.testing.assert_array_equal(audio, expected)
+        user_estimates = {"vocals": estimates[0].T, "accompaniment": estimates[1].T}
+        museval.eval_mus_track(track, user_estimates, output_dir=str(tmp_path))
+        expected = json.loads((tmp_path / "test" / f"{track.name}.json").read_text())
+        assert json.loads((out / "test" / f"{track.name}.json").read_text()) == expected
+
+
+def test_the_folder_is_one_that_museval_reads(results):
+    out, _ = results
+    store = museval.EvalStore()
+    store.add_eval_dir(str(out))
+    assert set(store.df["track"]) == set(TEST_NAMES)
+    saved = museval.EvalStore()
+    saved.load(str(out / "results.pandas"))
+    assert len(saved.df) == len(store.df)
+
+
+def test_only_the_first_tracks_are_saved(experiment, tmp_path):
+    evaluate("--exp_dir", experiment, "--out_dir", tmp_path, "--n_save_ex", 1, "--float32")
+    first, second = sorted(TEST_NAMES)
+    assert sf.info(tmp_path / first / "vocals.wav").subtype == "FLOAT"
+    assert not (tmp_path / second).exists()
+    assert len(list((tmp_path / "test").iterdir())) == 2
+
+
+def test_loud_estimates_are_clipped_not_wrapped(tmp_path):
+    loud = np.array([[2.0, -2.0, 1.0, -1.0, 0.5, 1 / 32768]] * 2)
+    evaluation.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=False)
+    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="int16")
+    assert audio[:, 0].tolist() == [32767, -32768, 32767, -32768, 16384, 1]
+    evaluation.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=True)
+    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="float32")
+    np.testing.assert_array_equal(audio.T, loud.astype(np.float32))
+
+
+def test_segment_and_overlap_reach_the_separation(results, experiment, corpus, tmp_path):
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path, "--segment", 0.5, "--overlap", 0.05]
+    evaluate(*flags, "--float32")
+    model = load_model(experiment / "best_model.pth")
+    audio, _ = sf.read(corpus / "test" / TEST_NAMES[0] / "mixture.wav", dtype="float32")
+    expected = separate(model, torch.from_numpy(audio.T.copy()), 0.5, 0.05)[0].T
+    saved, _ = sf.read(tmp_path / TEST_NAMES[0] / "vocals.wav", dtype="float32")
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
+
+
+def test_another_root_suffix_and_kind_of_checkpoint(experiment, tmp_path):
+    root = write_corpus(tmp_path / "flac", suffix="flac")
+    checkpoint = next((experiment / "checkpoints").glob("*.ckpt"))
+    load_model(checkpoint).save_pretrained(tmp_path / "folder")
+    flags = ["--root", root, "--suffix", "flac", "--n_save_ex", 0]
+    for name, source in {"ckpt": checkpoint, "folder": tmp_path / "folder"}.items():
+        evaluate("--exp_dir", tmp_path, "--out_dir", name, "--checkpoint", source, *flags)
+    ckpt, folder = ((tmp_path / name / "results.txt").read_text() for name in ("ckpt", "folder"))
+    assert ckpt == folder
+
+
+def test_four_stems_are_evaluated_as_vocals_and_the_sum_of_the_rest(corpus, tmp_path):
+    exp_dir = tmp_path / "run"
+    flags = [*TINY_RUN, "--mix_background", "no", "--C", "4"]
+    train.main(["--exp_dir", str(exp_dir), "--root", str(corpus), *flags])
+    evaluate("--exp_dir", exp_dir, "--out_dir", "out", "--float32", "--n_save_ex", -1)
+    model = load_model(exp_dir / "best_model.pth")
+    for name in TEST_NAMES:
+        audio, _ = sf.read(corpus / "test" / name / "mixture.wav", dtype="float32")
+        sources = separate(model, torch.from_numpy(audio.T.copy()))
+        saved, _ = sf.read(exp_dir / "out" / name / "accompaniment.wav", dtype="float32")
+        np.testing.assert_allclose(saved, sources[1:].sum(0).T, atol=1e-6)
+
+
+def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path):  # noqa: F811
+    """The mp4 form end to end: decoded for training, read as it is for evaluation."""
+    from conftest import run_module
+
+    decoded = run_module("local.stems", excerpts, tmp_path / "wav")
+    assert decoded.returncode == 0, decoded.stderr
+    (name,) = (path.name for path in (tmp_path / "wav" / "train").iterdir())
+    shutil.copytree(tmp_path / "wav" / "train" / name, tmp_path / "wav" / "train" / "Leaf")
+    (tmp_path / "valid.txt").write_text("Leaf")
+    flags = [*TINY_RUN, "--sample_rate", 44100, "--samples_per_track", 4]
+    flags += ["--valid_tracks", tmp_path / "valid.txt", "--root", tmp_path / "wav"]
+    trained = run_command("train.py", "--exp_dir", tmp_path / "run", *flags)
+    assert trained.returncode == 0, trained.stderr
+    for out, root in {"packed": excerpts, "unpacked": tmp_path / "wav"}.items():
+        result = run_command(
+            "eval.py", "--exp_dir", tmp_path / "run", "--out_dir", out, "--root", root
+        )
+        assert result.returncode == 0, result.stderr
+    packed, unpacked = (tmp_path / "run" / out for out in ("packed", "unpacked"))
+    assert (packed / "results.txt").read_text() == (unpacked / "results.txt").read_text()
+    (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
+    assert sf.info(song / "vocals.wav").samplerate == 44100
+
+
+# What goes wrong
+
+
+def test_a_track_that_cannot_be_scored_is_listed_and_the_others_are(
+    experiment, own_corpus, tmp_path, capsys
+):
+    silent = own_corpus / "test" / TEST_NAMES[0] / "vocals.wav"
+    sf.write(silent, np.zeros((round(2.3 * RATE), 2), dtype=np.int16), RATE)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus)
+    assert exit_.value.code == 1
+    text = (tmp_path / "out" / "results.txt").read_text()
+    assert f"Not scored: 1 of 2 tracks\n  {TEST_NAMES[0]}: " in text
+    assert "silent" in text
+    assert TEST_NAMES[0] in capsys.readouterr().err
+    assert [path.stem for path in (tmp_path / "out" / "test").iterdir()] == [TEST_NAMES[1]]
+
+
+def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
+    experiment, own_corpus, tmp_path, error_of
+):
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    for _ in range(2):
+        evaluate(*flags)
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Renamed")
+    assert "holds scores of another test set" in error_of(evaluation.main, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--overlap", "7"], "--overlap must be at least 0 and below --segment, got 7.0 and 6.0"),
+        (["--segment", "nan"], "--overlap must be at least 0 and below --segment"),
+        (["--n_save_ex", "-2"], "--n_save_ex must be at least 0, or -1 for all, got -2"),
+        (["--checkpoint", "nothing.pth"], "--checkpoint: no such file or folder: nothing.pth"),
+        (["--root", "nowhere"], "--root: no such folder: nowhere"),
+        (["--suffix", "mp3"], "argument --suffix: invalid choice: 'mp3'"),
+        (["--use_gpu", "2"], "argument --use_gpu: invalid choice: 2"),
+    ],
+)
+def test_bad_arguments(experiment, flags, words, error_of, tmp_path):
+    out = tmp_path / "out"
+    error = error_of(evaluation.main, "--exp_dir", experiment, "--out_dir", out, *flags)
+    assert words in error
+    assert not out.exists()
+
+
+def test_several_bad_arguments_are_reported_together(experiment, error_of, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    flags = ["--out_dir", "x", "--use_gpu", 1, "--n_save_ex", -5, "--overlap", -1]
+    error = error_of(evaluation.main, "--exp_dir", experiment, *flags)
+    for words in ("4 faults", "--use_gpu 1: torch sees no GPU", "--n_save_ex", "install ffmpeg"):
+        assert words in error
+
+
+def test_an_experiment_without_a_model_or_a_root(tmp_path, experiment, error_of):
+    error = error_of(evaluation.main, "--exp_dir", tmp_path, "--out_dir", "out")
+    assert "best_model.pth" in error
+    checkpoint = experiment / "best_model.pth"
+    flags = ["--exp_dir", tmp_path, "--out_dir", "out", "--checkpoint", checkpoint]
+    assert "--root is needed" in error_of(evaluation.main, *flags)
+
+
+def test_the_conf_of_a_published_experiment_is_read(experiment, corpus, tmp_path):
+    """Leftovers of its parser, and none of the keys that only we have."""
+    shutil.copy(experiment / "best_model.pth", tmp_path)
+    (tmp_path / "conf.yml").write_text(
+        f"convtasnet: {{}}\ndata:\n  root: {corpus}\n  sample_rate: {RATE}\n"
+        "main_args:\n  exp_dir: x\n  help: null\npositional arguments: {}\n"
+    )
+    evaluate("--exp_dir", tmp_path, "--out_dir", "out")
+    assert (tmp_path / "out" / "results.txt").is_file()
+
+
+def test_a_mono_model_is_refused(tmp_path, corpus, error_of):
+    from local.tasnet import ConvTasNetStereo
+
+    mono = ConvTasNetStereo(N=8, B=8, H=8, X=1, R=1, C=2, audio_channels=1, samplerate=RATE)
+    mono.save_pretrained(tmp_path / "mono")
+    flags = ["--exp_dir", tmp_path, "--out_dir", "out", "--root", corpus]
+    error = error_of(evaluation.main, *flags, "--checkpoint", tmp_path / "mono")
+    assert "expected a stereo model" in error
+
+
+def test_an_out_dir_that_cannot_be_written(experiment, tmp_path, error_of):
+    (tmp_path / "file").touch()
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "file"]
+    assert "--out_dir" in error_of(evaluation.main, *flags)

@@ -1,0 +1,101 @@
+import shutil
+import subprocess
+from pathlib import Path
+
+import musdb
+import numpy as np
+import pytest
+import soundfile as sf
+import stempeg
+from conftest import SHARED
+
+from local.config import UserError
+from local.stems import STREAMS, decode_track, decode_tree, main, track_name
+
+EXCERPTS = SHARED / "data" / "musdb18_excerpts"
+
+
+@pytest.fixture(scope="session")
+def excerpts(tmp_path_factory) -> Path:
+    """A real, tiny MUSDB18: where shared is absent, the excerpt inside stempeg for both splits."""
+    if EXCERPTS.is_dir():
+        return EXCERPTS
+    root = tmp_path_factory.mktemp("excerpts")
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        shutil.copy(stempeg.example_stem_path(), root / split)
+    return root
+
+
+def test_a_decoded_tree_is_what_musdb_reads(excerpts, tmp_path):
+    assert decode_tree(excerpts, tmp_path / "wav", jobs=2) == (2, 0)
+    packed = musdb.DB(root=str(excerpts))
+    unpacked = musdb.DB(root=str(tmp_path / "wav"), is_wav=True)
+    assert len(packed) == len(unpacked) == 2
+    for one, two in zip(packed, unpacked, strict=True):
+        assert (one.name, one.subset) == (two.name, two.subset)
+        folder = tmp_path / "wav" / one.subset / one.name
+        for index, source in enumerate(STREAMS):
+            audio, rate = sf.read(folder / f"{source}.wav")
+            assert rate == 44100
+            np.testing.assert_array_equal(audio, one.stems[index])
+    assert decode_tree(excerpts, tmp_path / "wav", jobs=2) == (0, 2)
+
+
+def test_only_what_is_missing_is_decoded(excerpts, tmp_path, capsys):
+    decode_tree(excerpts, tmp_path, jobs=1)
+    (gone,) = (tmp_path / "test").iterdir()
+    (kept,) = (tmp_path / "train").iterdir()
+    made = (kept / "vocals.wav").stat().st_mtime_ns
+    shutil.rmtree(gone)
+    main([str(excerpts), str(tmp_path)])
+    assert "1 tracks decoded, 1 there already" in capsys.readouterr().out
+    assert sorted(path.name for path in gone.iterdir()) == sorted(f"{s}.wav" for s in STREAMS)
+    assert (kept / "vocals.wav").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("size", [0, 1000, 300_000])
+def test_a_broken_file_is_named_and_the_others_are_decoded(excerpts, tmp_path, size):
+    root, out = Path(shutil.copytree(excerpts, tmp_path / "root")), tmp_path / "out"
+    (broken,) = (root / "train").iterdir()
+    broken.write_bytes(broken.read_bytes()[:size])
+    with pytest.raises(UserError) as error:
+        decode_tree(root, out, jobs=2)
+    assert "1 tracks decoded, not these" in str(error.value)
+    assert broken.name in str(error.value)
+    assert list((out / "train").iterdir()) == []
+    assert len(list((out / "test").iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_replaced(excerpts, tmp_path):
+    (stem_file,) = (excerpts / "test").glob("*.stem.mp4")
+    folder = tmp_path / track_name(stem_file)
+    left = tmp_path / f".{folder.name}.tmp"
+    left.mkdir()
+    (left / "half.wav").touch()
+    decode_track(stem_file, folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_names_with_dots_keep_them():
+    assert track_name(Path("train/M.E.R.C. Music - Knockout.stem.mp4")) == (
+        "M.E.R.C. Music - Knockout"
+    )
+
+
+def test_faults_of_the_command(excerpts, tmp_path, error_of, monkeypatch):
+    assert "holds no train/TRACK.stem.mp4" in error_of(main, tmp_path, tmp_path / "out")
+    assert "--jobs must be at least 1" in error_of(main, excerpts, tmp_path / "out", "--jobs", 0)
+    (tmp_path / "file").touch()
+    assert "cannot be written" in error_of(main, excerpts, tmp_path / "file")
+    monkeypatch.setenv("PATH", "")
+    assert "install ffmpeg" in error_of(main, excerpts, tmp_path / "out")
+
+
+def test_a_file_with_too_few_streams_is_refused(tmp_path):
+    stem_file = tmp_path / "A.stem.mp4"
+    tone = ["-f", "lavfi", "-i", "sine=duration=0.2"]
+    subprocess.run(["ffmpeg", "-loglevel", "error", *tone, "-f", "mp4", stem_file], check=True)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        decode_track(stem_file, tmp_path / "A")
