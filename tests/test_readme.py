@@ -1,0 +1,125 @@
+"""Every command of the README is run, on a tiny data set where it would take days."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile as sf
+from conftest import ROOT, TINY_RUN, write_corpus
+
+from local.checkpoint import load_model
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+# What is added to a command so that it ends within seconds.
+SMALLER = {
+    "./run.sh": ["--epochs", "1", "--samples_per_track", "1"],
+    "./run.sh test": ["--collect-only", "tests/test_inference.py"],
+    "./run.sh --root": TINY_RUN,
+    "pip": ["--dry-run"],
+    "python train.py": TINY_RUN,
+    "python eval.py": [],
+    "python -m local.stems": [],
+    "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, experiment) -> Path:
+    """A copy of the project with MUSDB18 in it, and what the hub's client would have fetched."""
+    folder = tmp_path_factory.mktemp("readme") / "checkout"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    if (ROOT / ".venv").is_dir():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    write_corpus(folder / "MUSDB18")
+    for kind in ("Causal", "NonCausal"):
+        repository = folder / "hub" / f"models--{(HUB + kind).replace('/', '--')}"
+        load_model(experiment / "best_model.pth").save_pretrained(repository / "snapshots" / "1")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("1")
+    return folder
+
+
+def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        words, cwd=checkout, env=env, capture_output=True, text=True, timeout=1200
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_works(command, checkout, experiment, tmp_path):
+    if command.startswith("./run.sh") and not (ROOT / ".venv").is_dir():
+        pytest.skip("run.sh would install another environment: .venv is not here")
+    kind = max((kind for kind in SMALLER if command.startswith(kind)), key=len)
+    words = shlex.split(command) + SMALLER[kind]
+    if words[0] == "pip":
+        words[:1] = [sys.executable, "-m", "pip"]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    words = [str(tmp_path / "exp") if word == "EXP" else word for word in words]
+    if "--use_gpu" in words:
+        words[words.index("--use_gpu") + 1] = "0"  # there may be none
+    if kind == "python eval.py" and "--checkpoint" not in words:
+        shutil.copytree(experiment, tmp_path / "exp")
+    if kind == "python -m local.stems":
+        import stempeg
+
+        (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
+        shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
+        words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]
+    if kind == "python -m local.demo_musdb18":
+        words[words.index("data/demo")] = str(tmp_path / "demo")
+
+    result = run(words, checkout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    if kind == "./run.sh":
+        assert "The Easton Ellises - Falcon 69" in result.stdout
+        assert (checkout / "exp" / "demo" / "eval" / "results.txt").is_file()
+    if kind == "pip":
+        assert "Would install" not in result.stdout
+
+
+def test_the_python_example_works(checkout, tmp_path):
+    ((example,), (mixture,)) = blocks("python"), checkout.glob("MUSDB18/test/AM*/mixture.wav")
+    (checkout / "example.py").write_text(example + "\nprint(vocals.shape, accompaniment.shape)")
+    shutil.copy(mixture, checkout / "mixture.wav")
+    result = run([sys.executable, "example.py"], checkout)
+    shape = f"torch.Size([2, {sf.info(mixture).frames}])"
+    assert result.stdout == f"{shape} {shape}\n", result.stderr
+
+
+def test_every_flag_it_names_exists():
+    named = set(re.findall(r"`(--\w+)", README))
+    helps = [
+        run([sys.executable, ROOT / script, "--help"], ROOT).stdout
+        for script in ("train.py", "eval.py")
+    ]
+    helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)
+    assert named <= set(re.findall(r"--\w+", " ".join(helps)))
