@@ -22,9 +22,8 @@ fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # A model and a schedule that learn the demo songs in minutes on two cores.
 demo_flags=(
-    --N 64 --L 40 --B 32 --H 64 --X 5 --R 2
-    --segment 2 --samples_per_track 16 --batch_size 4 --aggregate 1 --epochs 10 --lr 0.002
-    --num_workers 1
+    --N 128 --L 80 --B 64 --H 128 --X 6 --R 1
+    --segment 1 --samples_per_track 16 --aggregate 1 --epochs 20 --lr 0.003 --num_workers 1
 )
 
 install_system_packages() {
