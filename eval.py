@@ -150,19 +150,18 @@ def evaluate_track(
 ) -> ScoredTrack:
     """Separates a track, saves the estimates where there is a folder for them, and scores it."""
     rate = model.samplerate
-    form = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
     mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
-    bar = tqdm(total=mixture.shape[-1], unit_scale=1 / rate, bar_format=form)
-    with bar:
-        bar.set_description_str(f"{title}: separating")
+    scale = dict(total=mixture.shape[-1], unit_scale=1 / rate, bar_format=form)
+    with tqdm(desc=f"{title}, separating", **scale) as bar:
         sources = separate(model, mixture, args.segment, args.overlap, bar.update).numpy()
         # A model of four stems has the accompaniment in parts.
         estimates = {"vocals": sources[0], "accompaniment": sources[1:].sum(0)}
         if folder:
             save_estimates(folder, estimates, rate, args.float32)
-        bar.set_description_str(f"{title}: scoring")
+        bar.set_description(f"{title}, scoring")
         track = score_track(name, rate, audio, estimates)
-        bar.set_description_str(title)
+        bar.set_description(title)
     return track
 
 

@@ -17,7 +17,7 @@ EOF
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$here/.venv/bin/python
 
-say() { printf '\n== %s\n' "$*"; }
+say() { printf '\n== %s (after %d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
 fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # A model and a schedule that learn the demo songs in minutes on two cores.

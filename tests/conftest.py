@@ -60,6 +60,30 @@ def write_corpus(root: Path, suffix="wav") -> Path:
     return root
 
 
+# run.sh would otherwise make and fill another environment.
+needs_venv = pytest.mark.skipif(
+    not (ROOT / ".venv").is_dir(), reason="no .venv, so these tests were not started by run.sh"
+)
+
+
+def copy_project(folder: Path) -> Path:
+    """Copies what git has or would take of the project, and links its environment."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    if (ROOT / ".venv").is_dir():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A corpus that no test changes."""

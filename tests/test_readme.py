@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile as sf
-from conftest import ROOT, TINY_RUN, write_corpus
+from conftest import ROOT, TINY_RUN, copy_project, needs_venv, write_corpus
 
 from local.checkpoint import load_model
 
@@ -43,20 +43,7 @@ SMALLER = {
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, experiment) -> Path:
     """A copy of the project with MUSDB18 in it, and what the hub's client would have fetched."""
-    folder = tmp_path_factory.mktemp("readme") / "checkout"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    if (ROOT / ".venv").is_dir():
-        (folder / ".venv").symlink_to(ROOT / ".venv")
+    folder = copy_project(tmp_path_factory.mktemp("readme") / "checkout")
     write_corpus(folder / "MUSDB18")
     for kind in ("Causal", "NonCausal"):
         repository = folder / "hub" / f"models--{(HUB + kind).replace('/', '--')}"
@@ -73,10 +60,11 @@ def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=needs_venv if c.startswith("./run.sh") else ()) for c in commands()],
+)
 def test_the_command_works(command, checkout, experiment, tmp_path):
-    if command.startswith("./run.sh") and not (ROOT / ".venv").is_dir():
-        pytest.skip("run.sh would install another environment: .venv is not here")
     kind = max((kind for kind in SMALLER if command.startswith(kind)), key=len)
     words = shlex.split(command) + SMALLER[kind]
     if words[0] == "pip":
