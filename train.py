@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from local.checkpoint import atomic_path
-from local.config import UserError, clear_errors, make_model, parse_conf
+from local.config import INTERRUPTED, UserError, clear_errors, make_model, parse_conf
 from local.musdb18_dataset import (
     EpochSampler,
     RankSampler,
@@ -24,8 +24,6 @@ from local.musdb18_dataset import (
     split_validation,
 )
 from local.system import BestCheckpoints, MusicSystem
-
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +49,8 @@ def train(conf: dict) -> None:
     try:
         trainer.fit(system)
     except SystemExit:  # how Lightning ends after Ctrl-C
-        print(f"\ninterrupted in epoch {trainer.current_epoch}; {describe_best(trainer)}")
+        if trainer.is_global_zero:
+            print(f"\ninterrupted in epoch {trainer.current_epoch}; {describe_best(trainer)}")
         raise SystemExit(INTERRUPTED) from None
     if trainer.is_global_zero:
         print(f"{describe_stop(conf, trainer)}; {describe_best(trainer)}")

@@ -17,31 +17,61 @@ from local.musdb18_dataset import DatasetError
 from local.tasnet import ConvTasNetStereo
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
+INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 # The type of every key. conf.yml is there to be edited, so it cannot also be what it is held to.
 SCHEMA = {
     "convtasnet": {
-        **dict.fromkeys(("N", "L", "B", "H", "P", "X", "R", "C", "audio_channels"), int),
-        **{"norm_type": str, "causal": bool, "mask_nonlinear": str},
+        "N": int,
+        "L": int,
+        "B": int,
+        "H": int,
+        "P": int,
+        "X": int,
+        "R": int,
+        "C": int,
+        "audio_channels": int,
+        "norm_type": str,
+        "causal": bool,
+        "mask_nonlinear": str,
     },
     "training": {
-        **dict.fromkeys(("epochs", "batch_size", "num_workers"), int),
-        **{"half_lr": bool, "early_stop": bool, "aggregate": int, "seed": int},
-        **{"accelerator": str, "devices": str, "num_nodes": int, "precision": str},
+        "epochs": int,
+        "batch_size": int,
+        "num_workers": int,
+        "half_lr": bool,
+        "early_stop": bool,
+        "aggregate": int,
+        "seed": int,
+        "accelerator": str,
+        "devices": str,
+        "num_nodes": int,
+        "precision": str,
         "max_steps": int,
     },
     "optim": {"lr": float},
     "data": {
-        **{"root": str, "mix_background": bool, "segment": float, "samples_per_track": int},
-        **{"sample_rate": int, "suffix": str, "valid_tracks": str, "max_valid_tracks": int},
+        "root": str,
+        "mix_background": bool,
+        "segment": float,
+        "samples_per_track": int,
+        "sample_rate": int,
+        "suffix": str,
+        "valid_tracks": str,
+        "max_valid_tracks": int,
     },
     "main_args": {"exp_dir": str},
 }
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
 
 LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "aggregate", "num_nodes", "samples_per_track"), 1),
-    **{"num_workers": 0, "seed": 0, "sample_rate": 1},
+    "epochs": 1,
+    "batch_size": 1,
+    "num_workers": 0,
+    "aggregate": 1,
+    "seed": 0,
+    "num_nodes": 1,
+    "samples_per_track": 1,
 }
 ABOVE_ZERO = ("lr", "segment")
 LIMITS = ("max_steps", "max_valid_tracks")
@@ -71,6 +101,9 @@ def clear_errors(command: str) -> Iterator[None]:
     """Ends `command` with its UserError or DatasetError on stderr and exit status 2."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except (UserError, DatasetError) as error:
         # A loader worker sends its error wrapped in the text of its own traceback.
         message = str(error).rpartition("DatasetError: ")[2].strip()
