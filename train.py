@@ -101,8 +101,8 @@ def make_trainer(conf: dict, items: int) -> pl.Trainer:
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--devices, --accelerator or --num_nodes: {reason}") from None
+        flags = ", ".join(f"--{k} {training[k]}" for k in ("devices", "accelerator", "num_nodes"))
+        raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     batches = items // trainer.world_size // training["batch_size"]
     if batches == 0:
         raise UserError(
