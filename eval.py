@@ -10,17 +10,30 @@ import torch
 from tqdm import tqdm
 
 from local.checkpoint import atomic_path, load_model
-from local.config import OneLineParser, UserError, clear_errors, raise_together, read_yaml
+from local.config import (
+    CHOICES,
+    OneLineParser,
+    UserError,
+    clear_errors,
+    plural,
+    raise_together,
+    read_yaml,
+)
 from local.inference import OVERLAP, SEGMENT, separate
-from local.scoring import ScoredTrack, open_test_set, score_track, write_results
+from local.scoring import RESULTS, ScoredTrack, open_test_set, score_track, write_results
 from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
+
+SUFFIXES = CHOICES["suffix"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     with clear_errors(parser.prog):
-        failures = evaluate(parser.parse_args(argv))
+        try:
+            failures = evaluate(parser.parse_args(argv))
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from None
     if failures:
         raise SystemExit(1)
 
@@ -34,7 +47,7 @@ def make_parser() -> OneLineParser:
     add("--n_save_ex", type=int, default=10, help="tracks to save as audio; -1: all [%(default)s]")
     add("--checkpoint", help="a best_model.pth, .ckpt, folder or hub name [the run's best model]")
     add("--root", type=Path, help="the MUSDB18 or MUSDB18-HQ folder [the run's]")
-    add("--suffix", choices=("wav", "flac"), help="of the files under root [the run's]")
+    add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
     add("--segment", type=float, default=SEGMENT, help="seconds in a window [%(default)s]")
     add("--overlap", type=float, default=OVERLAP, help="seconds of crossfade [%(default)s]")
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
@@ -49,6 +62,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
     """
     raise_together(find_faults(args))
     checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
+    root, suffix = find_test_set(args)
     model = load_model(checkpoint)
     if model.C < 2 or model.audio_channels != 2:
         raise UserError(
@@ -56,7 +70,10 @@ def evaluate(args: Namespace) -> dict[str, str]:
             f" got {model.C} source(s) of {model.audio_channels} channel(s)"
         )
     model.to("cuda" if args.use_gpu else "cpu")
-    root, suffix = find_test_set(args)
+    try:
+        separate(model, torch.zeros(2, 0), args.segment, args.overlap)
+    except ValueError as error:
+        raise UserError(f"--segment, --overlap: {error}") from None
     tracks = open_test_set(root, model.samplerate, suffix)
     out = prepare_out(args.exp_dir / args.out_dir, tracks)
     print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
@@ -90,6 +107,14 @@ def find_faults(args: Namespace) -> list[str]:
             f"--overlap must be at least 0 and below --segment,"
             f" got {args.overlap} and {args.segment}"
         )
+    if not args.out_dir:
+        faults.append("--out_dir must not be empty")
+    if args.root and not args.root.is_dir():
+        faults.append(f"--root: no such folder: {args.root}")
+    if not args.checkpoint and not (args.exp_dir / "best_model.pth").is_file():
+        faults.append(
+            f"--exp_dir: {args.exp_dir} holds no best_model.pth; train first, or pass --checkpoint"
+        )
     try:
         need_ffmpeg()
     except UserError as error:
@@ -100,11 +125,14 @@ def find_faults(args: Namespace) -> list[str]:
 def find_test_set(args: Namespace) -> tuple[Path, str]:
     """(root, suffix): of the arguments, or else of the run's conf.yml."""
     conf_file = args.exp_dir / "conf.yml"
-    data = (read_yaml(conf_file).get("data") or {}) if conf_file.is_file() else {}
-    root = args.root or data.get("root")
+    data = read_yaml(conf_file).get("data") if conf_file.is_file() else None
+    data = data if isinstance(data, dict) else {}
+    root, suffix = args.root or data.get("root"), args.suffix or data.get("suffix", "wav")
     if not root:
         raise UserError(f"--root is needed: {conf_file} names no data set")
-    return Path(root), args.suffix or data.get("suffix", "wav")
+    if suffix not in SUFFIXES:
+        raise UserError(f"{conf_file}: data.suffix must be wav or flac, got {suffix}")
+    return Path(str(root)), suffix
 
 
 def prepare_out(out: Path, names: dict) -> Path:
@@ -113,11 +141,6 @@ def prepare_out(out: Path, names: dict) -> Path:
     Raises:
         UserError: it cannot be written, or holds scores of tracks that this run will not replace.
     """
-    try:
-        (out / "test").mkdir(parents=True, exist_ok=True)
-        (out / "results.txt").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
     scores = (out / "test").glob("*.json")
     others = sorted(path.name for path in scores if path.stem not in names)
     if others:
@@ -125,6 +148,12 @@ def prepare_out(out: Path, names: dict) -> Path:
             f"--out_dir: {out} holds scores of another test set ({others[0]},"
             f" {len(others)} in all); name another --out_dir"
         )
+    try:
+        (out / "test").mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
     return out
 
 
@@ -134,7 +163,7 @@ def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) ->
     if not args.use_gpu and torch.cuda.is_available():
         device += " (--use_gpu 1 runs on the GPU)"
     return (
-        f"{tracks} test track{'s' if tracks > 1 else ''} of {root}\n"
+        f"{plural(tracks, 'test track')} of {root}\n"
         f"separated by {checkpoint} on {device},"
         f" overlap-add of {args.segment} s with {args.overlap} s of crossfade"
     )
@@ -148,7 +177,7 @@ def evaluate_track(
     title: str,
     folder: Path | None,
 ) -> ScoredTrack:
-    """Separates a track, saves the estimates where there is a folder for them, and scores it."""
+    """Separates and scores a track, and saves the estimates where there is a folder for them."""
     rate = model.samplerate
     form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
     mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
@@ -157,10 +186,10 @@ def evaluate_track(
         sources = separate(model, mixture, args.segment, args.overlap, bar.update).numpy()
         # A model of four stems has the accompaniment in parts.
         estimates = {"vocals": sources[0], "accompaniment": sources[1:].sum(0)}
-        if folder:
-            save_estimates(folder, estimates, rate, args.float32)
         bar.set_description(f"{title}, scoring")
         track = score_track(name, rate, audio, estimates)
+        if folder:
+            save_estimates(folder, estimates, rate, args.float32)
         bar.set_description(title)
     return track
 

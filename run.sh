@@ -23,7 +23,8 @@ fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
 # A model and a schedule that learn the demo songs in minutes on two cores.
 demo_flags=(
     --N 128 --L 80 --B 64 --H 128 --X 6 --R 1
-    --segment 1 --samples_per_track 16 --aggregate 1 --epochs 20 --lr 0.003 --num_workers 1
+    --segment 1 --samples_per_track 16 --aggregate 1 --epochs 20 --lr 0.003
+    --num_workers 1 --devices 1
 )
 
 install_system_packages() {
@@ -79,10 +80,13 @@ fi
 
 stage=0 root='' packed='' tag='' gpus='' train_flags=()
 while [ $# -gt 0 ]; do
+    if [[ $1 =~ ^--(stage|root|tag|id)= ]]; then
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    fi
     case $1 in
         -h | --help) usage; exit ;;
         --stage | --root | --tag | --id)
-            [ $# -ge 2 ] || fail "$1 needs a value"
+            [ -n "${2:-}" ] || fail "$1 needs a value"
             case $1 in
                 --stage) stage=$2 ;;
                 --root) root=$(realpath -m "$2") ;;
@@ -91,10 +95,12 @@ while [ $# -gt 0 ]; do
             esac
             shift 2
             ;;
+        --exp_dir | --exp_dir=*) fail "runs go to exp/NAME here: use --tag NAME" ;;
         *) train_flags+=("$1"); shift ;;
     esac
 done
 [[ $stage =~ ^[012]$ ]] || fail "--stage must be 0, 1 or 2, got $stage"
+[[ $tag != */* && $tag != .* ]] || fail "--tag must be a plain name, got $tag"
 
 if [ -n "$root" ]; then
     [ -d "$root" ] || fail "--root: no such folder: $root"
@@ -119,7 +125,6 @@ if [ "$stage" -le 0 ]; then
     fi
 fi
 [ -x "$python" ] || fail "there is no .venv yet; start with --stage 0"
-root=${root:-$here/data/demo}
 
 use_gpu=0
 if [ -n "$gpus" ]; then
@@ -133,15 +138,26 @@ fi
 if [ "$stage" -le 1 ]; then
     say "stage 1: training"
     if [ -e "$exp/.trained" ]; then
-        echo "$exp is trained already; another --tag trains anew"
+        echo "$exp is trained already; to train anew, with other flags say, use another --tag"
+    elif [ -e "$exp/best_model.pth" ]; then
+        fail "$exp holds an unfinished run: delete it, use another --tag," \
+            "or evaluate its best model so far with --stage 2"
     else
-        "$python" "$here/train.py" --exp_dir "$exp" --root "$root" "${train_flags[@]}"
+        "$python" "$here/train.py" --exp_dir "$exp" --root "${root:-$here/data/demo}" \
+            "${train_flags[@]}"
         touch "$exp/.trained"
     fi
 fi
 
 say "stage 2: evaluation"
-"$python" "$here/eval.py" --exp_dir "$exp" --out_dir eval --use_gpu "$use_gpu"
+[ -e "$exp/best_model.pth" ] || fail "$exp holds no trained model; start with --stage 0 or 1"
+if [ "$stage" -lt 2 ] && [ "$exp/eval/results.txt" -nt "$exp/best_model.pth" ]; then
+    echo "$exp is evaluated already; --stage 2 repeats it"
+    cat "$exp/eval/results.txt"
+else
+    "$python" "$here/eval.py" --exp_dir "$exp" --out_dir eval --use_gpu "$use_gpu" \
+        ${root:+--root "$root"}
+fi
 cat <<EOF
 
 separated audio    $exp/eval/TRACK/{vocals,accompaniment}.wav

@@ -1,6 +1,7 @@
 """Train a stereo ConvTasNet on MUSDB18: python train.py --exp_dir EXP --root MUSDB18 ..."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,12 +10,22 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from local.checkpoint import atomic_path
-from local.config import INTERRUPTED, UserError, clear_errors, make_model, parse_conf
+from local.config import (
+    INTERRUPTED,
+    UserError,
+    clear_errors,
+    find_faults,
+    make_model,
+    parse_conf,
+    plural,
+    raise_together,
+)
 from local.musdb18_dataset import (
     EpochSampler,
     RankSampler,
@@ -38,9 +49,16 @@ def train(conf: dict) -> None:
         UserError, DatasetError: a fault of the configuration, the data or exp_dir. All but those
             that only reading the audio can show come before anything is written.
     """
+    exp_dir = Path(conf["main_args"]["exp_dir"])
+    faults = find_faults(conf)
+    if rank_zero_only.rank == 0 and is_used(exp_dir):
+        faults.append(
+            f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
+        )
+    raise_together(faults)
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     train_set, valid_set = make_datasets(conf)
-    trainer = make_trainer(conf, items=len(train_set))
+    trainer = make_trainer(conf, len(train_set), len(valid_set))
     model = make_model(conf)
     if trainer.is_global_zero:
         start_experiment(conf)
@@ -50,10 +68,11 @@ def train(conf: dict) -> None:
         trainer.fit(system)
     except SystemExit:  # how Lightning ends after Ctrl-C
         if trainer.is_global_zero:
-            print(f"\ninterrupted in epoch {trainer.current_epoch}; {describe_best(trainer)}")
+            epoch = trainer.current_epoch
+            print(f"\ninterrupted in epoch {epoch}; {describe_best(trainer)}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     if trainer.is_global_zero:
-        print(f"{describe_stop(conf, trainer)}; {describe_best(trainer)}")
+        print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
 
 
 def make_datasets(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
@@ -72,11 +91,12 @@ def make_datasets(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
     return train_set, TrackDataset(validation, data["mix_background"])
 
 
-def make_trainer(conf: dict, items: int) -> pl.Trainer:
+def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
     """Lightning's Trainer, set as in the published recipe.
 
     Args:
-        items: in an epoch, over all devices.
+        items: to train on in an epoch, over all devices.
+        valid_tracks: to validate on, over all devices.
     """
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
     callbacks = [BestCheckpoints(exp_dir), TQDMProgressBar()]
@@ -103,12 +123,19 @@ def make_trainer(conf: dict, items: int) -> pl.Trainer:
     except (MisconfigurationException, TypeError, ValueError) as error:
         flags = ", ".join(f"--{k} {training[k]}" for k in ("devices", "accelerator", "num_nodes"))
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
-    batches = items // trainer.world_size // training["batch_size"]
+    ranks, faults = trainer.world_size, []
+    batches = items // ranks // training["batch_size"]
     if batches == 0:
-        raise UserError(
-            f"--batch_size {training['batch_size']} on {trainer.world_size} device(s) is more than"
-            f" the {items} training items of an epoch; lower it or raise --samples_per_track"
+        faults.append(
+            f"--batch_size {training['batch_size']} on {plural(ranks, 'device')} is more than the"
+            f" {items} training items of an epoch; lower it or raise --samples_per_track"
         )
+    if valid_tracks < ranks:
+        faults.append(
+            f"--devices: {ranks} devices have only {plural(valid_tracks, 'track')} to validate on;"
+            f" use --devices {valid_tracks} or more validation tracks"
+        )
+    raise_together(faults)
     steps = max(batches // training["aggregate"], 1)
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
     return trainer
@@ -141,24 +168,24 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
     )
 
 
+def is_used(exp_dir: Path) -> bool:
+    """Whether a run got far enough to leave a model there."""
+    return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/*.ckpt"))
+
+
 def start_experiment(conf: dict) -> None:
     """Makes exp_dir and its conf.yml, which holds all that is needed to rebuild the run.
 
     Raises:
-        UserError: exp_dir holds a run already, or cannot be written.
+        UserError: exp_dir cannot be written.
     """
     exp_dir = Path(conf["main_args"]["exp_dir"])
-    conf_file = exp_dir / "conf.yml"
-    if conf_file.exists():
-        raise UserError(
-            f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
-        )
     for key in ("root", "valid_tracks"):  # the run can be rebuilt from any folder
         if conf["data"][key]:
             conf["data"][key] = str(Path(conf["data"][key]).absolute())
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(conf_file) as temporary:
+        with atomic_path(exp_dir / "conf.yml") as temporary:
             text = yaml.safe_dump(conf, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -179,9 +206,10 @@ def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -
         "training": f"{_tracks(train_set)}, in random segments of {data['segment']} s",
         "validation": f"{_tracks(valid_set)}, whole",
         "data": data["root"],
-        "epoch": f"{len(train_set)} items = {batches} batches of {training['batch_size']} per"
-        f" device, {training['aggregate']} batches to an optimizer step",
-        "end": f"after {training['epochs']} epochs{early}",
+        "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
+        f" {training['batch_size']} per device,"
+        f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
+        "end": f"after {plural(training['epochs'], 'epoch')}{early}",
         "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
         "devices": f"{_devices(trainer)}, precision {training['precision']}",
         "output": conf["main_args"]["exp_dir"],
@@ -190,9 +218,9 @@ def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -
 
 
 def _tracks(dataset: SegmentDataset | TrackDataset) -> str:
-    hours = sum(track.seconds for track in dataset.tracks) / 3600
-    count = len(dataset.tracks)
-    return f"{count} track{'s' if count > 1 else ''} ({hours:.2f} h)"
+    minutes = sum(track.seconds for track in dataset.tracks) / 60
+    duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"{plural(len(dataset.tracks), 'track')} ({duration})"
 
 
 def _devices(trainer: pl.Trainer) -> str:
@@ -206,12 +234,13 @@ def _devices(trainer: pl.Trainer) -> str:
     return f"{trainer.world_size} x {name}"
 
 
-def describe_stop(conf: dict, trainer: pl.Trainer) -> str:
+def describe_stop(trainer: pl.Trainer) -> str:
     """Why training ended."""
     stopper = trainer.early_stopping_callback
     if stopper is not None and stopper.stopped_epoch:
         return f"stopped in epoch {stopper.stopped_epoch}: {stopper.stopping_reason_message}"
-    return f"trained {trainer.current_epoch} epochs, {trainer.global_step} steps"
+    epochs, steps = plural(trainer.current_epoch, "epoch"), plural(trainer.global_step, "step")
+    return f"trained for {epochs}, {steps}"
 
 
 def describe_best(trainer: pl.Trainer) -> str:

@@ -13,6 +13,7 @@ from torch.torch_version import TorchVersion
 from local.config import UserError, read_yaml
 from local.tasnet import ConvTasNetStereo
 
+FILE_SUFFIXES = (".pth", ".ckpt")
 MODEL_NAME = ConvTasNetStereo.__name__
 MUSDB18_LICENSE = {
     "title": "MUSDB18",
@@ -64,7 +65,8 @@ def load_model(source: str | Path) -> ConvTasNetStereo:
     path = Path(source)
     if path.is_file():
         return _load_file(path).eval()
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FILE_SUFFIXES
+    if not path.is_dir() and not is_hub_name:
         raise UserError(f"--checkpoint: no such file or folder: {source}")
     try:
         return ConvTasNetStereo.from_pretrained(str(source)).eval()
@@ -95,6 +97,8 @@ def _load_file(path: Path) -> ConvTasNetStereo:
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--checkpoint {path}: another model: {_brief(error)}") from None
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+        raise UserError(f"--checkpoint {path}: its weights hold NaN or infinity")
     return model
 
 
@@ -119,5 +123,5 @@ def _model_args(path: Path, content: dict) -> dict:
 
 
 def _brief(error: Exception, most: int = 300) -> str:
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= most else f"{words[:most]} ..."

@@ -120,6 +120,11 @@ def raise_together(faults: list[str], heading: str = "") -> None:
         raise UserError("\n  ".join(lines))
 
 
+def plural(count: int, one: str, more: str = "") -> str:
+    """A count with its noun: 1 track, 2 tracks."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def import_asteroid(module: str):
     """Imports a module of asteroid whether torchaudio loads, is missing, or fails.
 
@@ -137,8 +142,10 @@ def import_asteroid(module: str):
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
     """conf.yml overridden by the flags, as a dictionary of sections.
 
+    What the values mean is left to `find_faults`.
+
     Raises:
-        UserError: lists every fault of the file, or else every fault of the values.
+        UserError: lists every fault of the file, or names a flag that cannot be parsed.
     """
     conf = read_conf(conf_file)
     parser_utils = import_asteroid("asteroid.utils.parser_utils")
@@ -155,7 +162,6 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     # asteroid's result also holds leftovers of argparse: help and an empty positional group.
     conf = {section: parsed[section] for section in conf}
     conf["main_args"] = {"exp_dir": parsed["main_args"]["exp_dir"]}
-    raise_together(find_faults(conf))
     return conf
 
 
@@ -201,7 +207,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def find_faults(conf: dict) -> list[str]:
-    """What is wrong with the values of a configuration, a line each, named by its flag."""
+    """What is wrong with the values of a configuration, a line each, named by their flags."""
     values = {key: value for section in conf.values() for key, value in section.items()}
     faults = [
         f"--{key} must be at least {least}, got {values[key]}"
@@ -225,6 +231,14 @@ def find_faults(conf: dict) -> list[str]:
     ]
     if not values["root"]:
         faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
+    elif not Path(values["root"]).is_dir():
+        faults.append(f"--root: no such folder: {values['root']}")
+    if values["valid_tracks"] and not Path(values["valid_tracks"]).is_file():
+        faults.append(f"--valid_tracks: no such file: {values['valid_tracks']}")
+    if not values["exp_dir"]:
+        faults.append("--exp_dir must not be empty")
+    if 0 < values["segment"] * values["sample_rate"] < values["L"]:
+        faults.append(f"--segment {values['segment']} is shorter than a frame (--L {values['L']})")
     if values["accelerator"] == "gpu" and not torch.cuda.is_available():
         faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
     targets = 2 if values["mix_background"] else 4

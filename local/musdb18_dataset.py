@@ -5,6 +5,7 @@ networks through data augmentation and network blending" (ICASSP 2017): stems of
 random gains, random swaps of the channels.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +108,17 @@ def find_tracks(
     if not root.is_dir():
         raise DatasetError(f"--root: no such folder: {root}")
     if not folder.is_dir():
-        raise DatasetError(f"--root: {root} holds no {split}/TRACK/vocals.{suffix}")
+        raise DatasetError(
+            f"--root: {root} holds no {split}/TRACK/vocals.{suffix}; it must be the"
+            " folder that train/ and test/ are in"
+        )
     # Hidden folders are half-made tracks and the litter of file browsers.
     folders = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
     if not folders:
         if any(folder.glob("*.stem.mp4")):
             raise DatasetError(
-                f"--root: {root} holds .stem.mp4 files; decode them once with"
-                f" 'python -m local.stems {root} OUT' and use --root OUT"
+                f"--root: {root} holds .stem.mp4 files; decode them once, with"
+                f" python -m local.stems {shlex.quote(str(root))} OUT, and use --root OUT"
             )
         raise DatasetError(f"--root: {folder} holds no tracks, TRACK/vocals.{suffix}")
     tracks, faults = [], []
@@ -151,7 +155,9 @@ def _open_track(
         if info.channels != 2:
             faults.append(f"{where}/{name}: expected 2 channels, got {info.channels}")
         if info.samplerate != rate:
-            faults.append(f"{where}/{name}: expected {rate} Hz, got {info.samplerate} Hz")
+            faults.append(
+                f"{where}/{name}: expected {rate} Hz (--sample_rate), got {info.samplerate} Hz"
+            )
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         faults.append(f"{where}: files of different lengths, in samples: {found}")
@@ -173,7 +179,8 @@ def raise_dataset_faults(root: Path, faults: list[str]) -> None:
     if len(faults) > len(lines):
         lines.append(f"and {len(faults) - len(lines)} more")
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise DatasetError("\n  ".join([f"--root: {count} in {root}", *lines]))
+    heading = f"--root: {count} in {root}; mend or remove these tracks"
+    raise DatasetError("\n  ".join([heading, *lines]))
 
 
 def split_validation(

@@ -21,6 +21,7 @@ from local.stems import decode_track, need_ffmpeg, stem_files, track_name
 
 TARGETS = ("vocals", "accompaniment")
 METRICS = ("SDR", "SIR", "ISR", "SAR")
+RESULTS = ("results.txt", "results.csv", "results.pandas")
 FILES = ("mixture", *SOURCES)
 
 
@@ -144,7 +145,7 @@ def framewise_sdr(references: np.ndarray, estimates: np.ndarray, window: int) ->
 
 
 def write_results(out: Path, scored: list[ScoredTrack], failures: dict[str, str]) -> str:
-    """Writes results.txt, results.csv and results.pandas; returns the text of results.txt.
+    """Writes RESULTS; returns the text of results.txt, which is written last.
 
     Args:
         failures: track -> why it has no scores.
@@ -155,12 +156,12 @@ def write_results(out: Path, scored: list[ScoredTrack], failures: dict[str, str]
     for track in scored:
         results.add_track(track.store)
     text = _describe(results, scored, failures)
-    with atomic_path(out / "results.txt") as temporary:
-        temporary.write_text(text, encoding="utf-8")
     with atomic_path(out / "results.csv") as temporary:
         _write_csv(temporary, scored)
     with atomic_path(out / "results.pandas") as temporary:
         results.save(temporary)
+    with atomic_path(out / "results.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return text
 
 
@@ -169,7 +170,7 @@ def _describe(results, scored: list[ScoredTrack], failures: dict[str, str]) -> s
     for frames_agg, tracks_agg in (("median", "median"), ("median", "mean"), ("mean", "median")):
         if scored:
             results.frames_agg, results.tracks_agg = frames_agg, tracks_agg
-            lines += ["", str(results).rstrip()]
+            lines += ["", *(line.rstrip() for line in str(results).strip().splitlines())]
     if failures:
         lines += ["", f"Not scored: {len(failures)} of {len(scored) + len(failures)} tracks"]
         lines += [f"  {name}: {reason}" for name, reason in failures.items()]

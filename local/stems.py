@@ -67,12 +67,17 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
     faults = []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="track") as bar:
         futures = [pool.submit(decode_track, *item) for item in missing.items()]
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except UserError as error:
-                faults.append(str(error))
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                fault = future.exception()
+                if isinstance(fault, UserError):
+                    faults.append(str(fault))
+                elif fault is not None:
+                    raise fault
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else leaving the pool would wait for all of them
+            raise
     raise_together(
         sorted(faults), heading=f"{len(missing) - len(faults)} tracks decoded, not these"
     )

@@ -5,7 +5,15 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from local.config import CONF_FILE, UserError, make_model, parse_conf, read_conf
+from local.config import (
+    CONF_FILE,
+    UserError,
+    find_faults,
+    make_model,
+    parse_conf,
+    raise_together,
+    read_conf,
+)
 
 PUBLISHED_DEFAULTS = {
     "convtasnet": {
@@ -111,17 +119,22 @@ def test_text_stays_text_and_whole_numbers_do_for_fractions(tmp_path):
 
 def faults_of(argv, conf_file=CONF_FILE) -> str:
     with pytest.raises(UserError) as error:
-        parse_conf(argv, conf_file)
+        raise_together(find_faults(parse_conf(argv, conf_file)))
     return str(error.value)
+
+
+def test_the_shipped_values_have_no_faults(tmp_path):
+    assert find_faults(parse_conf(["--root", str(tmp_path)])) == []
 
 
 def test_faults_of_the_values_are_reported_together():
     faults = faults_of(
         "--N 0 --norm_type GLN --epochs 0 --lr -1 --suffix mp3 --precision 8 --max_steps 0"
-        " --segment nan --C 3 --audio_channels 1 --num_workers -1".split()
+        " --segment nan --C 3 --audio_channels 1 --num_workers -1 --valid_tracks x"
+        " --exp_dir=".split()
     )
     for words in (
-        "12 faults",
+        "14 faults",
         "--N must be a whole number of at least 1, got 0",
         "--norm_type must be one of gLN, cLN, BN, id, got 'GLN'",
         "--epochs must be at least 1, got 0",
@@ -134,6 +147,8 @@ def test_faults_of_the_values_are_reported_together():
         "--C must be 2 with --mix_background True, got 3",
         "--audio_channels must be 2 (stereo), got 1",
         "--num_workers must be at least 0, got -1",
+        "--valid_tracks: no such file: x",
+        "--exp_dir must not be empty",
     ):
         assert words in faults
 
@@ -186,6 +201,8 @@ def test_missing_keys_and_sections_are_named(tmp_path):
         (["--seg", "1"], "unrecognized arguments: --seg"),
         (["--causal", "perhaps"], "argument --causal: Boolean value expected"),
         (["--accelerator", "gpu"], "--accelerator gpu: torch sees no GPU"),
+        (["--segment", "1e-5"], "--segment 1e-05 is shorter than a frame (--L 20)"),
+        (["--root", "nowhere"], "--root: no such folder: nowhere"),
     ],
 )
 def test_faults_of_flags(argv, words, monkeypatch):

@@ -177,7 +177,13 @@ def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
     for _ in range(2):
         evaluate(*flags)
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Renamed")
+
+    def written() -> dict:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    before = written()
     assert "holds scores of another test set" in error_of(evaluation.main, *flags)
+    assert written() == before
 
 
 @pytest.mark.parametrize(
@@ -189,6 +195,8 @@ def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
         (["--checkpoint", "nothing.pth"], "--checkpoint: no such file or folder: nothing.pth"),
         (["--root", "nowhere"], "--root: no such folder: nowhere"),
         (["--suffix", "mp3"], "argument --suffix: invalid choice: 'mp3'"),
+        (["--segment", "1e-5", "--overlap", "0"], "--segment, --overlap: expected"),
+        (["--out_dir", ""], "--out_dir must not be empty"),
         (["--use_gpu", "2"], "argument --use_gpu: invalid choice: 2"),
     ],
 )
@@ -208,12 +216,23 @@ def test_several_bad_arguments_are_reported_together(experiment, error_of, monke
         assert words in error
 
 
-def test_an_experiment_without_a_model_or_a_root(tmp_path, experiment, error_of):
+def test_an_experiment_without_a_model_or_a_root(tmp_path, experiment, error_of, monkeypatch):
     error = error_of(evaluation.main, "--exp_dir", tmp_path, "--out_dir", "out")
-    assert "best_model.pth" in error
+    assert f"--exp_dir: {tmp_path} holds no best_model.pth; train first" in error
+    monkeypatch.chdir(tmp_path)  # EXP/best_model.pth looks like the name of a hub repository
+    error = error_of(evaluation.main, "--exp_dir", "EXP", "--out_dir", "out")
+    assert "--exp_dir: EXP holds no best_model.pth" in error
     checkpoint = experiment / "best_model.pth"
     flags = ["--exp_dir", tmp_path, "--out_dir", "out", "--checkpoint", checkpoint]
     assert "--root is needed" in error_of(evaluation.main, *flags)
+    for content, words in {
+        "data: 3": "--root is needed",
+        "data: {root: 5}": "no such folder: 5",
+        "data: {root: x, suffix: mp3}": "data.suffix must be wav or flac, got mp3",
+        "- 1": "expected sections",
+    }.items():
+        (tmp_path / "conf.yml").write_text(content)
+        assert words in error_of(evaluation.main, *flags)
 
 
 def test_the_conf_of_a_published_experiment_is_read(experiment, corpus, tmp_path):
@@ -241,3 +260,29 @@ def test_an_out_dir_that_cannot_be_written(experiment, tmp_path, error_of):
     (tmp_path / "file").touch()
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "file"]
     assert "--out_dir" in error_of(evaluation.main, *flags)
+
+
+def test_a_diverged_model_is_refused(experiment, tmp_path, error_of):
+    content = torch.load(experiment / "best_model.pth", weights_only=True)
+    content["state_dict"]["decoder.basis_signals.weight"][0, 0] = np.nan
+    torch.save(content, tmp_path / "nan.pth")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out"]
+    error = error_of(evaluation.main, *flags, "--checkpoint", tmp_path / "nan.pth")
+    assert "its weights hold NaN or infinity" in error
+
+
+def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 252))
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    assert "File name too long" in error_of(evaluation.main, *flags)
+
+
+def test_ctrl_c_ends_in_one_line(experiment, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "score_track", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith("eval.py: interrupted\n")

@@ -146,7 +146,7 @@ def test_every_fault_of_the_files_is_reported_at_once(own_corpus):
         f"{second.name}: files of different lengths",
         "vocals.wav 100, bass.wav",
         f"{third.name}/vocals.wav: expected 2 channels, got 1",
-        f"{fourth.name}/vocals.wav: expected 8000 Hz, got 44100 Hz",
+        f"{fourth.name}/vocals.wav: expected 8000 Hz (--sample_rate), got 44100 Hz",
     ):
         assert words in fault
 

@@ -19,7 +19,11 @@ def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.Complet
     [
         (["--stage", "3"], "--stage must be 0, 1 or 2, got 3"),
         (["--stage"], "--stage needs a value"),
+        (["--root="], "--root needs a value"),
         (["--root", "nowhere"], "--root: no such folder: "),
+        (["--root=nowhere"], "--root: no such folder: "),
+        (["--tag", "../elsewhere"], "--tag must be a plain name"),
+        (["--exp_dir", "x"], "use --tag NAME"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(args, words, tmp_path):
@@ -49,11 +53,29 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     assert (exp_dir / "eval" / TEST_NAMES[0] / "vocals.wav").is_file()
     assert list(caller.iterdir()) == [caller / "my data"]
 
-    trained = (exp_dir / "best_model.pth").stat().st_mtime_ns
+    def written() -> dict:
+        return {path: path.stat().st_mtime_ns for path in exp_dir.rglob("*")}
+
+    before, results = written(), (exp_dir / "eval" / "results.txt").read_text()
     again = run_sh(checkout, *args, cwd=caller)
     assert again.returncode == 0, again.stderr
     assert "is trained already" in again.stdout
-    assert (exp_dir / "best_model.pth").stat().st_mtime_ns == trained
+    assert results in again.stdout
+    assert written() == before
+
+    (exp_dir / ".trained").unlink()
+    unfinished = run_sh(checkout, *args, cwd=caller)
+    assert unfinished.returncode == 2
+    assert "holds an unfinished run" in unfinished.stderr
+    evaluated = run_sh(checkout, "--stage", "2", "--tag=t")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert (exp_dir / "eval" / "results.txt").read_text() == results
+
+
+@needs_venv
+def test_evaluation_needs_a_model(tmp_path):
+    result = run_sh(copy_project(tmp_path / "checkout"), "--stage", "2", "--tag", "nope")
+    assert (result.returncode, "holds no trained model" in result.stderr) == (2, True)
 
 
 @needs_venv

@@ -99,3 +99,19 @@ def test_a_file_with_too_few_streams_is_refused(tmp_path):
     subprocess.run(["ffmpeg", "-loglevel", "error", *tone, "-f", "mp4", stem_file], check=True)
     with pytest.raises(UserError, match="cannot be decoded"):
         decode_track(stem_file, tmp_path / "A")
+
+
+def test_ctrl_c_stops_the_queue(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    for index in range(50):
+        (tmp_path / "train" / f"{index:02d}.stem.mp4").touch()
+    started = []
+
+    def interrupt(stem_file, folder):
+        started.append(stem_file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("local.stems.decode_track", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decode_tree(tmp_path, tmp_path / "out", jobs=1)
+    assert len(started) < 50

@@ -74,15 +74,15 @@ def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
     assert result.returncode == 0, result.stderr
     for words in (
         "non-causal, gLN, ",
-        "3 tracks (0.00 h), in random segments of 0.5 s",
-        "1 track (0.00 h), whole",
+        "3 tracks (0.1 min), in random segments of 0.5 s",
+        "1 track (0.0 min), whole",
         "12 items = 3 batches of 4",
         "seed 0",
         "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
     ):
         assert words in result.stdout
     assert re.search(
-        r"trained 1 epochs, 3 steps; best val_loss 0\.\d+, in .*/best_model.pth", result.stdout
+        r"trained for 1 epoch, 3 steps; best val_loss 0\.\d+, in .*/best_model.pth", result.stdout
     )
     assert "Epoch 0: 100%" in result.stderr + result.stdout
     assert "Warning" not in result.stderr
@@ -169,9 +169,9 @@ def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
     while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"interrupted in epoch \d+; best val_loss", stdout)
+    assert re.search(r"interrupted in epoch \d+; best val_loss", stderr)
     assert "Traceback" not in stderr
     assert load_model(exp_dir / "best_model.pth").samplerate == RATE
 
@@ -196,14 +196,23 @@ def test_faults_of_the_configuration(refused, corpus):
         assert words in error
 
 
+def test_a_used_experiment_and_other_faults_are_reported_together(experiment, error_of):
+    error = error_of(train.main, "--exp_dir", experiment, "--root", "nowhere", "--lr", 0)
+    for words in ("3 faults", "--root: no such folder", "--lr must be", "holds a run already"):
+        assert words in error
+
+
 def test_faults_of_the_data(refused, own_corpus, tmp_path):
     assert "--root: no such folder" in refused(tmp_path / "nowhere")
-    assert "expected 44100 Hz, got 8000 Hz" in refused(own_corpus, "--sample_rate", 44100)
-    assert "4 faults" in refused(own_corpus, "--sample_rate", 44100, "--segment", 9).replace(
-        "16 faults", "4 faults"
+    assert "expected 44100 Hz (--sample_rate), got 8000 Hz" in refused(
+        own_corpus, "--sample_rate", 44100
     )
+    assert "16 faults" in refused(own_corpus, "--sample_rate", 44100, "--segment", 9)
     assert "shorter than --segment 1.65" in refused(own_corpus, "--segment", 1.65)
     assert "more than the 12 training items" in refused(own_corpus, "--batch_size", 13)
+    error = refused(own_corpus, "--accelerator", "cpu", "--devices", 2, "--batch_size", 7)
+    assert "2 devices have only 1 track to validate on" in error
+    assert "--batch_size 7 on 2 devices" in error
     shutil.rmtree(own_corpus / "train" / "Leaf - Summerghost")
     assert "--valid_tracks FILE" in refused(own_corpus)
     (own_corpus / "train" / TRAIN_NAMES[0] / "bass.wav").unlink()
@@ -235,6 +244,19 @@ def test_nan_in_the_audio_is_found_when_it_is_read(own_corpus, tmp_path, error_o
         assert re.fullmatch(
             r"train.py: error: /.*/vocals.wav: not a finite number at sample \d+ \(.* s\);.*", line
         )
+
+
+def test_a_run_that_failed_before_its_first_model_can_be_started_again(
+    own_corpus, tmp_path, error_of
+):
+    vocals = own_corpus / "train" / TRAIN_NAMES[0] / "vocals.wav"
+    audio, _ = sf.read(vocals, dtype="float32")
+    sf.write(vocals, np.full_like(audio, np.nan), RATE, "FLOAT")
+    flags = ["--exp_dir", str(tmp_path / "run"), "--root", str(own_corpus), *TINY_RUN]
+    error_of(train.main, *flags)
+    sf.write(vocals, audio, RATE)
+    train.main(flags)
+    assert load_model(tmp_path / "run" / "best_model.pth").samplerate == RATE
 
 
 def test_a_used_experiment_is_refused(experiment, corpus, error_of):
@@ -281,4 +303,4 @@ def test_two_processes_share_the_items_and_agree_on_val_loss(corpus, tmp_path):
 
 def test_the_shipped_configuration_is_whole():
     conf = parse_conf(["--root", "X"])
-    assert train.make_trainer(conf, items=64).gradient_clip_val == 5.0
+    assert train.make_trainer(conf, items=64, valid_tracks=1).gradient_clip_val == 5.0
