@@ -83,11 +83,13 @@ def make_datasets(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
     training, validation = split_validation(tracks, names)
     if data["max_valid_tracks"] > 0:
         validation = validation[: data["max_valid_tracks"]]
-    length = int(data["segment"] * data["sample_rate"])
     train_set = SegmentDataset(
-        training, length, data["samples_per_track"], data["mix_background"],
+        training,
+        int(data["segment"] * data["sample_rate"]),
+        data["samples_per_track"],
+        data["mix_background"],
         conf["training"]["seed"],
-    )  # fmt: skip
+    )
     return train_set, TrackDataset(validation, data["mix_background"])
 
 
