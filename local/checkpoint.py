@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,13 +28,23 @@ MUSDB18_LICENSE = {
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it if the block ends well, else removed."""
+    """A free path beside `path` for a file or a folder: renamed to `path` if the block ends well,
+    else removed; what a killed run left there is removed first.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:

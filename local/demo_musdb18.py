@@ -12,7 +12,6 @@ Below, times are in seconds, notes are MIDI numbers, and a track of audio is (2,
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from scipy.io import wavfile
 from scipy.signal import butter, fftconvolve, sosfilt
 from tqdm import tqdm
 
+from local.checkpoint import atomic_path
 from local.config import OneLineParser, UserError, clear_errors, raise_together
 from local.musdb18_dataset import VALIDATION_TRACKS
 from local.stems import decode_track
@@ -104,9 +104,8 @@ def claim(out: Path, arguments: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} holds files that are no demo of this command; {remedy}")
-    unfinished = note.with_suffix(".tmp")
-    unfinished.write_text(wanted)
-    os.replace(unfinished, note)
+    with atomic_path(note) as temporary:
+        temporary.write_text(wanted)
 
 
 def song_folders(out: Path, tracks: int) -> list[tuple[tuple[int, int], Path]]:
@@ -124,12 +123,10 @@ def song_folders(out: Path, tracks: int) -> list[tuple[tuple[int, int], Path]]:
 def write_song(rng: Generator, seconds: float, folder: Path) -> None:
     """Synthesises a song; `folder` appears when all five files are there."""
     stems = {source: to_pcm(rng, stem) for source, stem in synthesise_song(rng, seconds).items()}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for source, pcm in {**stems, "mixture": sum(stems.values())}.items():
-        wavfile.write(temporary / f"{source}.wav", RATE, pcm)
-    os.replace(temporary, folder)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        for source, pcm in {**stems, "mixture": sum(stems.values())}.items():
+            wavfile.write(temporary / f"{source}.wav", RATE, pcm)
 
 
 def to_pcm(rng: Generator, stem: np.ndarray) -> np.ndarray:

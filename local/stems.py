@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from local.checkpoint import atomic_path
 from local.config import OneLineParser, UserError, clear_errors, raise_together
 
 SUFFIX = ".stem.mp4"
@@ -90,22 +91,18 @@ def decode_track(stem_file: Path, folder: Path) -> None:
     Raises:
         UserError: the file cannot be decoded, or the folder cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        command = ["ffmpeg", "-nostdin", "-xerror", "-loglevel", "error", "-i", stem_file]
-        for stream, name in enumerate(STREAMS):
-            command += ["-map", f"0:a:{stream}", "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            reason = (result.stderr.strip().splitlines() or ["ffmpeg failed"])[-1]
-            raise UserError(f"{stem_file}: cannot be decoded: {reason}")
-        os.replace(temporary, folder)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir(parents=True)
+            command = ["ffmpeg", "-nostdin", "-xerror", "-loglevel", "error", "-i", stem_file]
+            for stream, name in enumerate(STREAMS):
+                command += ["-map", f"0:a:{stream}", "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                reason = (result.stderr.strip().splitlines() or ["ffmpeg failed"])[-1]
+                raise UserError(f"{stem_file}: cannot be decoded: {reason}")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":
