@@ -2,10 +2,12 @@
 
 import csv
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import stempeg
 from conftest import ROOT, TEST_NAMES, TINY_RUN, copy_project, needs_venv, write_corpus
 
 
@@ -70,6 +72,22 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     evaluated = run_sh(checkout, "--stage", "2", "--tag=t")
     assert evaluated.returncode == 0, evaluated.stderr
     assert (exp_dir / "eval" / "results.txt").read_text() == results
+
+
+@needs_venv
+def test_a_root_of_stem_mp4_files_is_decoded_once(tmp_path):
+    checkout, root = copy_project(tmp_path / "checkout"), tmp_path / "MUSDB18"
+    for name in ("train/A.B. - C", "train/Leaf - Summerghost", "test/D"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stempeg.example_stem_path(), root / f"{name}.stem.mp4")
+    args = ["--root", root, *TINY_RUN, "--sample_rate", "44100", "--samples_per_track", "4"]
+    result = run_sh(checkout, *args)
+    assert result.returncode == 0, result.stderr
+    assert "3 tracks decoded, 0 there already" in result.stdout
+    vocals = tmp_path / "MUSDB18-wav" / "train" / "A.B. - C" / "vocals.wav"
+    assert vocals.is_file()
+    assert (checkout / "exp" / "musdb18" / "eval" / "D" / "vocals.wav").is_file()
+    assert "0 tracks decoded, 3 there already" in run_sh(checkout, *args).stdout
 
 
 @needs_venv
