@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.torch_version import TorchVersion
 
-from local.config import UserError, read_yaml
+from local.config import UserError, model_args, read_yaml
 from local.tasnet import ConvTasNetStereo
 
 FILE_SUFFIXES = (".pth", ".ckpt")
@@ -52,7 +52,7 @@ def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:
     packages = ("torch", "pytorch-lightning", "asteroid")
     content = {
         "model_name": MODEL_NAME,
-        "model_args": {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]},
+        "model_args": model_args(conf),
         "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "infos": {"software_versions": {name: version(name) for name in packages}},
         "dataset": "MUSDB18",
@@ -104,7 +104,7 @@ def _load_file(path: Path) -> ConvTasNetStereo:
     # Lightning's names are those of the System, whose model is `model`.
     state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
     try:
-        model = ConvTasNetStereo(**_model_args(path, content))
+        model = ConvTasNetStereo(**_find_model_args(path, content))
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--checkpoint {path}: another model: {_brief(error)}") from None
@@ -113,7 +113,7 @@ def _load_file(path: Path) -> ConvTasNetStereo:
     return model
 
 
-def _model_args(path: Path, content: dict) -> dict:
+def _find_model_args(path: Path, content: dict) -> dict:
     if "model_args" in content:
         return content["model_args"]
     if "training_config" in content:
@@ -126,7 +126,7 @@ def _model_args(path: Path, content: dict) -> dict:
             )
         conf = read_yaml(conf_file)
     try:
-        return {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]}
+        return model_args(conf)
     except (KeyError, TypeError):
         raise UserError(
             f"--checkpoint {path}: its configuration has no convtasnet section or no sample_rate"

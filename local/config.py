@@ -252,9 +252,14 @@ def find_faults(conf: dict) -> list[str]:
     return faults + _model_faults(conf)
 
 
+def model_args(conf: dict) -> dict:
+    """The keywords of ConvTasNetStereo that a configuration gives."""
+    return {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]}
+
+
 def make_model(conf: dict) -> ConvTasNetStereo:
     """The model of a configuration, with new weights."""
-    return ConvTasNetStereo(**conf["convtasnet"], samplerate=conf["data"]["sample_rate"])
+    return ConvTasNetStereo(**model_args(conf))
 
 
 def _model_faults(conf: dict) -> list[str]:

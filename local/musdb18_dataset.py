@@ -121,10 +121,8 @@ def find_tracks(
                 f" python -m local.stems {shlex.quote(str(root))} OUT, and use --root OUT"
             )
         raise DatasetError(f"--root: {folder} holds no tracks, TRACK/vocals.{suffix}")
-    tracks, faults = [], []
-    for track_folder in folders:
-        track = _open_track(track_folder, rate, suffix, sources, faults)
-        tracks.append(track)
+    faults = []
+    tracks = [_open_track(path, rate, suffix, sources, faults) for path in folders]
     raise_dataset_faults(root, faults)
     return tracks
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+import stempeg
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 RATE = 8000
-FILES = ("mixture", "vocals", "drums", "bass", "other")
 TRAIN_NAMES = (
     "M.E.R.C. Music - Knockout",
     'Clara & "Friends" - L\'été',
@@ -21,9 +22,8 @@ TRAIN_NAMES = (
     "Zeno - Signs",
 )
 TEST_NAMES = ("AM Contra - Heart Peripheral", "Triviul feat. The Fiend - Widow")
-TINY_MODEL = ["--N", "16", "--L", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"]
 TINY_RUN = [
-    *TINY_MODEL,
+    *["--N", "16", "--L", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"],
     *["--sample_rate", str(RATE), "--segment", "0.5", "--samples_per_track", "4"],
     *["--epochs", "1", "--num_workers", "0", "--aggregate", "1"],
 ]
@@ -107,16 +107,48 @@ def experiment(corpus, tmp_path_factory) -> Path:
     return exp_dir
 
 
-def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs a script of this project in a process of its own, from any folder."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+@pytest.fixture(scope="session")
+def excerpts(tmp_path_factory) -> Path:
+    """A real, tiny MUSDB18: where shared is absent, the excerpt inside stempeg for both splits."""
+    shipped = SHARED / "data" / "musdb18_excerpts"
+    if shipped.is_dir():
+        return shipped
+    root = tmp_path_factory.mktemp("excerpts")
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        shutil.copy(stempeg.example_stem_path(), root / split)
+    return root
+
+
+needs_golden = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the golden files in ../shared are not here"
+)
+
+
+def load_golden(name: str) -> tuple[dict, dict, dict]:
+    """(metadata, tensors, the model's state dict) of a golden file."""
+    with safe_open(SHARED / "golden" / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    return metadata, tensors, state
+
+
+def write_times(folder: Path) -> dict[Path, int]:
+    """When everything below a folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def run_python(*args, cwd: Path | None = ROOT) -> subprocess.CompletedProcess:
+    """Runs this Python in a process of its own."""
+    command = [sys.executable, *map(str, args)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
-def run_module(module: str, *args, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a script of this project, from any folder."""
+    return run_python(ROOT / script, *args, cwd=cwd)
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
-import subprocess
-import sys
-
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import run_python
 
 from local.config import (
     CONF_FILE,
@@ -241,7 +238,5 @@ def test_asteroid_imports_whatever_torchaudio_does(kind, tmp_path):
         "replaced = 'torch_stoi' in sys.modules and sys.modules['torch_stoi'] is None\n"
         "print(System.__name__, replaced)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_python("-c", code)
     assert result.stdout == f"System {kind != 'working'}\n", result.stderr

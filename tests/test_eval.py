@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, TEST_NAMES, TINY_RUN, run_command, write_corpus
-from test_stems import excerpts  # noqa: F401
+from conftest import RATE, TEST_NAMES, TINY_RUN, run_command, run_python, write_corpus, write_times
 
 import eval as evaluation
 import train
 from local.checkpoint import load_model
 from local.inference import separate
+from local.tasnet import ConvTasNetStereo
 
 
 def evaluate(*args) -> None:
@@ -128,11 +128,9 @@ def test_four_stems_are_evaluated_as_vocals_and_the_sum_of_the_rest(corpus, tmp_
         np.testing.assert_allclose(saved, sources[1:].sum(0).T, atol=1e-6)
 
 
-def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path):  # noqa: F811
+def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path):
     """The mp4 form end to end: decoded for training, read as it is for evaluation."""
-    from conftest import run_module
-
-    decoded = run_module("local.stems", excerpts, tmp_path / "wav")
+    decoded = run_python("-m", "local.stems", excerpts, tmp_path / "wav")
     assert decoded.returncode == 0, decoded.stderr
     (name,) = (path.name for path in (tmp_path / "wav" / "train").iterdir())
     shutil.copytree(tmp_path / "wav" / "train" / name, tmp_path / "wav" / "train" / "Leaf")
@@ -178,12 +176,9 @@ def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
         evaluate(*flags)
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Renamed")
 
-    def written() -> dict:
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-
-    before = written()
+    before = write_times(tmp_path / "out")
     assert "holds scores of another test set" in error_of(evaluation.main, *flags)
-    assert written() == before
+    assert write_times(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
@@ -247,8 +242,6 @@ def test_the_conf_of_a_published_experiment_is_read(experiment, corpus, tmp_path
 
 
 def test_a_mono_model_is_refused(tmp_path, corpus, error_of):
-    from local.tasnet import ConvTasNetStereo
-
     mono = ConvTasNetStereo(N=8, B=8, H=8, X=1, R=1, C=2, audio_channels=1, samplerate=RATE)
     mono.save_pretrained(tmp_path / "mono")
     flags = ["--exp_dir", tmp_path, "--out_dir", "out", "--root", corpus]

@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import load_golden, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -25,18 +24,12 @@ class Identity(torch.nn.Module):
         return mixture.unsqueeze(1).repeat(1, self.C, 1, 1)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the golden files in ../shared are not here")
+@needs_golden
 def test_matches_the_baseline_of_the_challenge():
-    def load(name):
-        with safe_open(SHARED / "golden" / f"{name}.safetensors", "pt") as file:
-            return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-
-    settings_, golden = load("overlap_add")
-    metadata, state = load(settings_["model"])
+    settings_, golden, _ = load_golden("overlap_add")
+    metadata, _, state = load_golden(settings_["model"])
     model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
-    model.load_state_dict(
-        {k.removeprefix("state/"): v for k, v in state.items() if k.startswith("state/")}
-    )
+    model.load_state_dict(state)
     segment, overlap = float(settings_["segment"]), float(settings_["overlap"])
     estimates = separate(model, golden["mixture"][0], segment, overlap)
     error = (estimates - golden["estimate"][0]).norm() / golden["estimate"].norm()

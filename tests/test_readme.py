@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile as sf
+import stempeg
 from conftest import ROOT, TINY_RUN, copy_project, needs_venv, write_corpus
 
 from local.checkpoint import load_model
@@ -77,8 +78,6 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
     if kind == "python eval.py" and "--checkpoint" not in words:
         shutil.copytree(experiment, tmp_path / "exp")
     if kind == "python -m local.stems":
-        import stempeg
-
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
         shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
         words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import stempeg
-from conftest import ROOT, TEST_NAMES, TINY_RUN, copy_project, needs_venv, write_corpus
+from conftest import ROOT, TEST_NAMES, TINY_RUN, copy_project, needs_venv, write_corpus, write_times
 
 
 def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -55,15 +55,12 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     assert (exp_dir / "eval" / TEST_NAMES[0] / "vocals.wav").is_file()
     assert list(caller.iterdir()) == [caller / "my data"]
 
-    def written() -> dict:
-        return {path: path.stat().st_mtime_ns for path in exp_dir.rglob("*")}
-
-    before, results = written(), (exp_dir / "eval" / "results.txt").read_text()
+    before, results = write_times(exp_dir), (exp_dir / "eval" / "results.txt").read_text()
     again = run_sh(checkout, *args, cwd=caller)
     assert again.returncode == 0, again.stderr
     assert "is trained already" in again.stdout
     assert results in again.stdout
-    assert written() == before
+    assert write_times(exp_dir) == before
 
     (exp_dir / ".trained").unlink()
     unfinished = run_sh(checkout, *args, cwd=caller)

@@ -9,7 +9,6 @@ import soundfile as sf
 from conftest import RATE, TEST_NAMES, make_stems, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stems import excerpts  # noqa: F401
 
 from local.config import UserError
 from local.musdb18_dataset import DatasetError
@@ -53,7 +52,7 @@ def test_scores_of_a_wav_tree_are_those_of_museval(subtype, own_corpus, tmp_path
         assert json.loads(scored.store.json) == expected_scores(track, estimates, tmp_path)
 
 
-def test_scores_of_a_stem_root_are_those_of_museval(excerpts, tmp_path):  # noqa: F811
+def test_scores_of_a_stem_root_are_those_of_museval(excerpts, tmp_path):
     (track,) = musdb.DB(root=str(excerpts), subsets="test")
     ((name, read),) = open_test_set(excerpts, 44100, "wav").items()
     audio = read()

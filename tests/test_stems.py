@@ -6,25 +6,9 @@ import musdb
 import numpy as np
 import pytest
 import soundfile as sf
-import stempeg
-from conftest import SHARED
 
 from local.config import UserError
 from local.stems import STREAMS, decode_track, decode_tree, main, track_name
-
-EXCERPTS = SHARED / "data" / "musdb18_excerpts"
-
-
-@pytest.fixture(scope="session")
-def excerpts(tmp_path_factory) -> Path:
-    """A real, tiny MUSDB18: where shared is absent, the excerpt inside stempeg for both splits."""
-    if EXCERPTS.is_dir():
-        return EXCERPTS
-    root = tmp_path_factory.mktemp("excerpts")
-    for split in ("train", "test"):
-        (root / split).mkdir()
-        shutil.copy(stempeg.example_stem_path(), root / split)
-    return root
 
 
 def test_a_decoded_tree_is_what_musdb_reads(excerpts, tmp_path):

@@ -4,10 +4,9 @@ import warnings
 import pytest
 import textbook
 import torch
-from conftest import SHARED
+from conftest import load_golden, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import l1_loss
 
@@ -32,15 +31,11 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the golden files in ../shared are not here")
+@needs_golden
 @pytest.mark.parametrize("name", GOLDEN)
 def test_matches_the_published_model(name):
-    with safe_open(SHARED / "golden" / f"{name}.safetensors", "pt") as file:
-        conf = json.loads(file.metadata()["config"])
-        golden = {key: file.get_tensor(key) for key in file.keys()}
-    model = ConvTasNetStereo(**conf).eval()
-    prefix = "state/"
-    state = {key[len(prefix) :]: value for key, value in golden.items() if key.startswith(prefix)}
+    metadata, golden, state = load_golden(name)
+    model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
     model.load_state_dict(state, strict=True)
 
     estimates = model(golden["input"])

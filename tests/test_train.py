@@ -18,7 +18,9 @@ from conftest import (
     TINY_RUN,
     TRAIN_NAMES,
     run_command,
+    run_python,
     write_corpus,
+    write_times,
     write_track,
 )
 
@@ -135,9 +137,7 @@ def test_the_command_works_from_any_folder(corpus, tmp_path):
 
 def test_training_imports_neither_musdb_nor_museval():
     code = "import sys, train; print({'musdb', 'museval', 'stempeg'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_python("-c", code)
     assert result.stdout.strip() == "set()", result.stderr
 
 
@@ -149,9 +149,7 @@ def test_the_model_imports_torch_and_the_hub_alone(module):
         "    sys.modules[name] = None\n"
         f"import local.{module}"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
 
 
@@ -261,10 +259,10 @@ def test_a_run_that_failed_before_its_first_model_can_be_started_again(
 
 
 def test_a_used_experiment_is_refused(experiment, corpus, error_of):
-    before = sorted(path.stat().st_mtime_ns for path in experiment.rglob("*"))
+    before = write_times(experiment)
     error = error_of(train.main, "--exp_dir", experiment, "--root", corpus, *TINY_RUN)
     assert "holds a run already; name another --exp_dir" in error
-    assert sorted(path.stat().st_mtime_ns for path in experiment.rglob("*")) == before
+    assert write_times(experiment) == before
 
 
 def test_an_experiment_that_cannot_be_written(corpus, tmp_path, error_of):
