@@ -1,58 +1,170 @@
-"""Separation of whole songs with a model that was trained on segments."""
+"""Separation of whole songs: by overlap-add, in full, or as a stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from local.rows import RowBlock, RowModel, tile_size
+from local.streaming import StreamingConvTasNet, can_stream, check_samples
+from local.tasnet import ConvTasNetStereo
+
+METHODS = ("overlap-add", "full", "stream")
 SEGMENT = 6.0
 OVERLAP = 0.1
+GPU_WINDOWS = 4
+
+Progress = Callable[[int], object]
 
 
 @torch.no_grad()
 def separate(
     model: nn.Module,
     mixture: Tensor,
+    method: str = "overlap-add",
     segment: float = SEGMENT,
     overlap: float = OVERLAP,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Separates window by window and crossfades, as the challenge's baseline does.
+    """Separates a song.
 
-    A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into
-    the one before; there the two are crossfaded linearly, both ends of the ramp included. The
-    first window has nothing before it and the last nothing after it: the song's ends do not fade.
+    - "overlap-add": window by window with crossfades, as the challenge's baseline does.
+    - "full": what the model makes of the whole song at once, in a fraction of the memory.
+    - "stream": the same for a causal model without gLN, in constant memory.
 
     Args:
-        model: with attributes `C` and `samplerate`; on any device, in eval mode.
-        mixture: stays where it is; windows travel to the model's device and back.
-        segment: in seconds.
-        overlap: in seconds, shorter than the segment.
+        model: in eval mode, on any device. For "overlap-add" any module does that has C,
+            audio_channels, samplerate and encoder.length as a ConvTasNetStereo has them.
+        mixture: stays where it is; pieces of it travel to the model's device and back.
+        method: one of METHODS.
+        segment: seconds; of "overlap-add" alone.
+        overlap: seconds, fewer than the segment's; of "overlap-add" alone.
         progress: called with the number of samples just finished.
 
     Shape:
         - mixture: (audio_channels, T)
-        - estimates: (C, audio_channels, T)
+        - estimates: (C, audio_channels, T), where the mixture is and of its dtype
 
     Raises:
-        ValueError: the segment or the overlap cannot be.
+        ValueError: the mixture, the method, the segment or the overlap cannot be, or the model
+            cannot be streamed.
     """
-    hop = int(model.samplerate * segment * (1 + overlap))
-    fade = int(model.samplerate * overlap)
-    if not (0 <= overlap < segment and fade < hop):
+    if mixture.dim() != 2 or len(mixture) != model.audio_channels:
+        raise ValueError(f"expected ({model.audio_channels}, time), got {tuple(mixture.shape)}")
+    check_samples(mixture)
+    progress = progress or (lambda samples: None)
+    if method == "overlap-add":
+        return _overlap_add(model, mixture, segment, overlap, progress)
+    if method == "stream" or (method == "full" and can_stream(model)):
+        return _stream(model, mixture, progress)
+    if method == "full":
+        return _full(model, mixture, progress)
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def _overlap_add(
+    model: nn.Module, mixture: Tensor, segment: float, overlap: float, progress: Progress
+) -> Tensor:
+    """A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into
+    the one before; there the two are crossfaded linearly, both ends of the ramp included. The
+    first window has nothing before it and the last nothing after it: the song's ends do not fade.
+    """
+    rate, length, time = model.samplerate, model.encoder.length, mixture.shape[-1]
+    if not 0 <= overlap < segment < float("inf"):
         raise ValueError(f"expected 0 <= overlap < segment, got {overlap} and {segment} seconds")
-    channels, time = mixture.shape
-    device = next(model.parameters()).device
-    ramp = torch.linspace(0, 1, fade, device=device)
-    estimates = mixture.new_zeros(model.C, channels, time)
-    for end in range(hop, max(time, 1) + hop, hop):
-        start = max(end - hop - fade, 0)
-        window = model(mixture[None, :, start:end].to(device))[0]
-        if start > 0:
-            window[..., :fade] *= ramp
-        if end < time:
-            window[..., window.shape[-1] - fade :] *= 1 - ramp
-        estimates[..., start:end] += window.to(estimates.device)
-        if progress:
-            progress(min(end, time) - max(end - hop, 0))
+    if segment * rate < length:
+        raise ValueError(
+            f"expected a segment of at least one filter of the model, {length / rate:.6f} seconds,"
+            f" got {segment}"
+        )
+    hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)
+    like = next(model.parameters())
+    ramp = torch.linspace(0, 1, fade, device=like.device)
+    estimates = mixture.new_zeros(model.C, *mixture.shape)
+    ends = range(hop, max(time, 1) + hop, hop)
+    spans = [(max(end - hop - fade, 0), min(end, time)) for end in ends]
+    for group in _group_spans(spans, most=1 if like.device.type == "cpu" else GPU_WINDOWS):
+        mixtures = torch.stack([mixture[:, start:end] for start, end in group])
+        for (start, end), window in zip(group, _forward(model, mixtures.to(like)), strict=True):
+            if start > 0:
+                window[..., :fade] *= ramp
+            if end < time:
+                window[..., window.shape[-1] - fade :] *= 1 - ramp
+            estimates[..., start:end] += window.to(estimates)
+            progress(end - start - (fade if start > 0 else 0))
     return estimates
+
+
+def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Up to `most` neighbours of one length: padding would change what gLN sees."""
+    group = []
+    for start, end in spans:
+        if group and (len(group) == most or group[0][1] - group[0][0] != end - start):
+            yield group
+            group = []
+        group.append((start, end))
+    yield group
+
+
+def _forward(model: nn.Module, mixtures: Tensor) -> Tensor:
+    """(M, audio_channels, T) -> (M, C, audio_channels, T), by tiles on a CPU, where they pay."""
+    if type(model) is ConvTasNetStereo and mixtures.device.type == "cpu":
+        return torch.stack([separate(model, mixture, "full") for mixture in mixtures])
+    return model(mixtures)
+
+
+def _stream(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
+    stream, done = StreamingConvTasNet(model), 0
+    estimates = mixture.new_zeros(model.C, *mixture.shape)
+    block_size = tile_size(next(model.parameters()).device) * model.encoder.hop
+    for block in mixture.split(block_size, dim=-1):
+        final = stream.push(block)
+        estimates[..., done : done + final.shape[-1]] = final
+        done += final.shape[-1]
+        progress(block.shape[-1])
+    estimates[..., done:] = stream.flush()
+    return estimates
+
+
+def _full(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
+    """Layer by layer, each over the tiles of the song, since gLN looks at the whole of it.
+
+    Two tensors last: the residual, and a buffer for what a block expands it to. The block's update
+    of the residual goes into rows of that buffer which are done with.
+    """
+    rows, like, time = RowModel(model), next(model.parameters()), mixture.shape[-1]
+    estimates = mixture.new_zeros(model.C, *mixture.shape)
+    frames, size = rows.count_frames(time), tile_size(like.device)
+    if frames == 0:
+        progress(time)
+        return estimates
+    tiles = [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
+    spans = [slice(t.start * rows.hop, (t.stop - 1) * rows.hop + rows.length) for t in tiles]
+    residual = like.new_zeros(frames, rows.B)
+    buffer = like.new_empty(frames, max(rows.B, rows.H))
+    hidden, update = buffer[:, : rows.H], buffer[:, : rows.B]
+
+    for tile, span in zip(tiles, spans, strict=True):
+        update[tile] = rows.bottleneck(rows.encode(mixture[:, span].to(like)))
+    layer = rows.bottleneck
+    for number, block in enumerate(rows.blocks):
+        for tile in tiles:
+            layer.add_to(residual[tile], update[tile])
+            hidden[tile] = block.expand(residual[tile])
+        done = 0
+        for new in _updates(block, hidden, tiles):
+            update[done : done + len(new)] = new
+            done += len(new)
+        layer = block
+        progress(time * (number + 1) // len(rows.blocks) - time * number // len(rows.blocks))
+    for tile, span in zip(tiles, spans, strict=True):
+        layer.add_to(residual[tile], update[tile])
+        weights = rows.encode(mixture[:, span].to(like))
+        estimates[..., span] += rows.decode(weights, residual[tile]).to(estimates)
+    return estimates
+
+
+def _updates(block: RowBlock, hidden: Tensor, tiles: list[slice]) -> Iterator[Tensor]:
+    for tile in tiles:
+        yield block.project(hidden[tile])
+    yield block.finish()

@@ -117,8 +117,8 @@ class Encoder(nn.Module):
 
     def __init__(self, L: int, N: int, audio_channels: int):
         super().__init__()
-        self.length = L
-        self.conv1d_U = nn.Conv1d(audio_channels, N, L, stride=L // 2, bias=False)
+        self.length, self.hop = L, L // 2
+        self.conv1d_U = nn.Conv1d(audio_channels, N, L, stride=self.hop, bias=False)
 
     def forward(self, mixture: Tensor) -> Tensor:
         return F.relu(self.conv1d_U(mixture))
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
 
     def __init__(self, N: int, L: int, audio_channels: int):
         super().__init__()
-        self.length, self.audio_channels = L, audio_channels
+        self.length, self.hop, self.audio_channels = L, L // 2, audio_channels
         self.basis_signals = nn.Linear(N, audio_channels * L, bias=False)
 
     def forward(self, weights: Tensor, masks: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class Decoder(nn.Module):
         masked = (weights.unsqueeze(1) * masks).transpose(2, 3)
         signals = self.basis_signals(masked)  # (M, C, K, audio_channels * L)
         signals = signals.view(batch, sources, frames, self.audio_channels, self.length)
-        return overlap_and_add(signals.transpose(2, 3), self.length // 2)
+        return overlap_and_add(signals.transpose(2, 3), self.hop)
 
 
 def overlap_and_add(frames: Tensor, hop: int) -> Tensor:

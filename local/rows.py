@@ -1,0 +1,229 @@
+"""The layers of ConvTasNetStereo over frames as rows, fed tile by tile; for inference alone.
+
+With channels last a 1x1 convolution is one matrix product, and the passes between two of them run
+over a tile that is still in the cache. What a layer has to remember from one tile to the next is
+kept here, so the same layers stream a causal model and walk through a whole song.
+
+Letters in shapes are those of local.tasnet; K is the number of frames in the tile.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from local.tasnet import (
+    EPS,
+    ChannelwiseLayerNorm,
+    ConvTasNetStereo,
+    GlobalLayerNorm,
+    TemporalBlock,
+    overlap_and_add,
+)
+
+
+def tile_size(device: torch.device) -> int:
+    """Frames in a tile: few enough for the cache of a CPU, enough to keep a GPU busy."""
+    return 1024 if device.type == "cpu" else 32768
+
+
+class RowModel:
+    """The parts of a ConvTasNetStereo that remember nothing, and its blocks, which do.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model: ConvTasNetStereo):
+        if model.training:
+            raise ValueError("expected a model in eval mode; call model.eval() first")
+        norm, conv, repeats, conv_out = model.separator.network
+        self.length, self.hop = model.encoder.length, model.encoder.hop
+        self.B, self.H = conv.out_channels, repeats[0][0].net[0].out_channels
+        self._audio_channels, self._sources = model.audio_channels, model.C
+        self._softmax = model.separator.mask_nonlinear == "softmax"
+        self._encoder = model.encoder.conv1d_U.weight.flatten(1)  # (N, audio_channels * L)
+        self.bottleneck = Projection(norm, conv)  # weights (..., K, N) -> residual (..., K, B)
+        self.blocks = [RowBlock(block) for repeat in repeats for block in repeat]
+        self._masks = conv_out.weight[:, :, 0]
+        self._basis_signals = model.decoder.basis_signals.weight
+
+    def count_frames(self, time: int) -> int:
+        """Whole frames in `time` samples."""
+        return max(0, (time - self.length) // self.hop + 1)
+
+    def encode(self, mixture: Tensor) -> Tensor:
+        """(..., audio_channels, T) with T >= L -> weights (..., K, N)."""
+        windows = mixture.unfold(-1, self.length, self.hop).movedim(-3, -2)
+        return F.linear(windows.flatten(-2), self._encoder).relu_()
+
+    def decode(self, weights: Tensor, residual: Tensor) -> Tensor:
+        """(..., K, N), (..., K, B) -> estimates (..., C, audio_channels, (K - 1) * hop + L)."""
+        scores = F.linear(residual, self._masks).unflatten(-1, (self._sources, -1))
+        masks = scores.softmax(-2) if self._softmax else scores.relu_()
+        signals = F.linear(weights.unsqueeze(-2) * masks, self._basis_signals)
+        signals = signals.unflatten(-1, (self._audio_channels, self.length))
+        return overlap_and_add(signals.movedim(-4, -2), self.hop)
+
+
+class RowBlock:
+    """A TemporalBlock in steps: expand, then project, then add to the residual.
+
+    With gLN the last tile has to leave a step before the first may enter the next.
+    """
+
+    def __init__(self, block: TemporalBlock):
+        expand, activation_in, norm_in, separable = block.net
+        depthwise, *_, activation_out, norm_out, project = separable.net
+        is_global = isinstance(norm_in, GlobalLayerNorm)
+        self._expand = expand.weight[:, :, 0]
+        self._slope_in, self._slope_out = activation_in.weight.item(), activation_out.weight.item()
+        self._norm = GlobalNorm(norm_in) if is_global else LocalNorm(norm_in)
+        self.depthwise = RowDepthwise(depthwise)
+        self._project = (GlobalProjection if is_global else Projection)(norm_out, project)
+
+    def expand(self, residual: Tensor) -> Tensor:
+        """(..., K, B) -> hidden (..., K, H)."""
+        hidden = F.linear(residual, self._expand).to(residual.dtype)
+        return self._norm.observe(F.leaky_relu_(hidden, self._slope_in))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., K, H) -> update (..., K', B) of the K' frames next in order: a block that looks
+        ahead is late at first, and `finish` gives the rest.
+        """
+        return self._after_depthwise(self.depthwise.push(hidden, self._norm))
+
+    def finish(self) -> Tensor:
+        """The update of the frames that are still due when the song has ended."""
+        return self._after_depthwise(self.depthwise.finish())
+
+    def add_to(self, residual: Tensor, update: Tensor) -> None:
+        """Adds the update of some frames to their residual, both (..., K, B)."""
+        self._project.add_to(residual, update)
+
+    def _after_depthwise(self, mixed: Tensor) -> Tensor:
+        return self._project(F.leaky_relu_(mixed, self._slope_out))
+
+
+class RowDepthwise:
+    """A dilated depthwise convolution that keeps the rows which its next frames will need."""
+
+    def __init__(self, conv: nn.Conv1d):
+        self._taps = conv.weight[:, 0].t().contiguous()  # (P, H)
+        self._dilation, self._before = conv.dilation[0], conv.padding[0]
+        self._reach = (len(self._taps) - 1) * self._dilation
+        self.reset()
+
+    def reset(self) -> None:
+        self.context = self._taps.new_zeros(self._before, self._taps.shape[1])
+
+    def push(self, rows: Tensor, norm: "LocalNorm | GlobalNorm") -> Tensor:
+        """(..., K, H), still to be normalised -> (..., K', H)."""
+        *batch, frames, channels = rows.shape
+        size = self.context.shape[-2]
+        window = self._taps.new_empty(*batch, size + frames, channels)
+        window[..., :size, :] = self.context
+        norm.write(rows, window[..., size:, :])
+        return self._convolve(window)
+
+    def finish(self) -> Tensor:
+        """What comes out for the zeros after the last frame."""
+        return self._convolve(F.pad(self.context, (0, 0, 0, self._reach - self._before)))
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        frames = max(0, window.shape[-2] - self._reach)
+        self.context = window[..., frames:, :].clone()
+        mixed = window[..., :frames, :] * self._taps[0]
+        for p, tap in enumerate(self._taps[1:], start=1):
+            mixed.addcmul_(window[..., p * self._dilation :, :][..., :frames, :], tap)
+        return mixed
+
+
+class LocalNorm:
+    """cLN, BN or id: every row by itself."""
+
+    def __init__(self, norm: nn.Module):
+        self._norm = norm
+        if isinstance(norm, nn.BatchNorm1d):
+            self._gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            self._offset = norm.bias - norm.running_mean * self._gain
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        norm = self._norm
+        if isinstance(norm, ChannelwiseLayerNorm):
+            return F.layer_norm(
+                rows, rows.shape[-1:], norm.gamma.flatten(), norm.beta.flatten(), EPS
+            )
+        if isinstance(norm, nn.BatchNorm1d):
+            return torch.addcmul(self._offset, rows, self._gain)
+        return rows
+
+    def observe(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        out.copy_(self(rows))
+
+
+class GlobalNorm:
+    """gLN: all rows have to be observed before one can be normalised."""
+
+    def __init__(self, norm: GlobalLayerNorm):
+        self.gamma, self.beta = norm.gamma.flatten(), norm.beta.flatten()
+        self._sums, self._lengths, self._moments = [], [], None
+
+    def observe(self, rows: Tensor) -> Tensor:
+        # Over many rows the rounding of their sums averages out; over a few it would show.
+        exact = rows.double() if rows.numel() < 2**16 else rows
+        self._sums.append(exact.sum(-1).double())
+        self._lengths.append(torch.linalg.vector_norm(exact, dim=-1).double())
+        return rows
+
+    def moments(self) -> tuple[float, float]:
+        """Mean and 1 / standard deviation of all that was observed."""
+        if self._moments is None:
+            # In float64: the difference of the two means would cancel in float32.
+            sums, lengths = torch.cat(self._sums), torch.cat(self._lengths)
+            count = sums.numel() * len(self.gamma)
+            mean = sums.sum() / count
+            variance = (lengths.square().sum() / count - mean.square()).clamp(min=0)
+            self._moments = torch.stack([mean, torch.rsqrt(variance + EPS)]).tolist()
+            self._sums, self._lengths = [], []
+        return self._moments
+
+    def write(self, rows: Tensor, out: Tensor) -> None:
+        mean, scale = self.moments()
+        gain = self.gamma * scale
+        torch.addcmul(self.beta - mean * gain, rows, gain, out=out)
+
+
+class Projection:
+    """A local norm, then a 1x1 convolution."""
+
+    def __init__(self, norm: nn.Module, conv: nn.Conv1d):
+        self._norm, self._weight = LocalNorm(norm), conv.weight[:, :, 0]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(self._norm(rows), self._weight)
+
+    def add_to(self, residual: Tensor, update: Tensor) -> None:
+        residual.add_(update)
+
+
+class GlobalProjection:
+    """gLN, then a 1x1 convolution, which need not wait for the moments.
+
+    W (gamma (x - mean) * scale + beta) is the product W gamma x times a number, plus a constant
+    row: the product is taken at once, the number and the constant come with `add_to`.
+    """
+
+    def __init__(self, norm: GlobalLayerNorm, conv: nn.Conv1d):
+        self._norm, weight = GlobalNorm(norm), conv.weight[:, :, 0]
+        self._weight = weight * self._norm.gamma
+        self._of_beta, self._of_gamma = weight @ self._norm.beta, self._weight.sum(-1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(self._norm.observe(rows), self._weight)
+
+    def add_to(self, residual: Tensor, update: Tensor) -> None:
+        mean, scale = self._norm.moments()
+        residual.add_(update, alpha=scale).add_(self._of_beta - mean * scale * self._of_gamma)

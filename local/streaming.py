@@ -1,0 +1,124 @@
+"""The causal model block by block: low latency, constant memory, the same numbers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from local.rows import RowModel, tile_size
+from local.tasnet import ConvTasNetStereo
+
+
+def can_stream(model: ConvTasNetStereo) -> bool:
+    """Whether no output depends on what is still to come."""
+    return model.causal and model.norm_type != "gLN"
+
+
+class StreamingConvTasNet:
+    """Separates a mixture that arrives in blocks of any sizes.
+
+    What is returned is final, and all of it joined is what the model makes of the whole mixture.
+
+    Args:
+        model: causal, with cLN, BN or id, in eval mode; its weights must stay as they are.
+
+    Raises:
+        ValueError: the model is another one.
+    """
+
+    def __init__(self, model: ConvTasNetStereo):
+        if not can_stream(model):
+            kind = "causal" if model.causal else "non-causal"
+            raise ValueError(
+                "only a causal model with norm_type cLN, BN or id can be streamed,"
+                f" got a {kind} one with {model.norm_type}"
+            )
+        self._model, self._rows = model, RowModel(model)
+        self.reset()
+
+    @property
+    def latency(self) -> int:
+        """In samples: the most that the output lags behind the input."""
+        return self._rows.length - 1
+
+    @property
+    def state_size(self) -> int:
+        """In bytes: the most that is kept from one block to the next."""
+        states = [self._tail, *(block.depthwise.context for block in self._rows.blocks)]
+        pending = self._pending.nbytes // max(1, self._pending.shape[-1]) * self.latency
+        return pending + sum(state.nbytes for state in states)
+
+    def reset(self) -> None:
+        """Forgets everything: the next block begins another mixture."""
+        like = next(self._model.parameters())
+        channels, rows = self._model.audio_channels, self._rows
+        self._pending = like.new_zeros(channels, 0)  # samples from the next frame's first on
+        self._tail = like.new_zeros(self._model.C, channels, rows.length - rows.hop)
+        self._started = self._flushed = False
+        for block in rows.blocks:
+            block.depthwise.reset()
+
+    @torch.no_grad()
+    def push(self, block: Tensor) -> Tensor:
+        """Takes the next samples and returns the estimates that are now final.
+
+        Shape:
+            - block: (audio_channels, T) or (M, audio_channels, T), any T
+            - estimates: (C, audio_channels, T') or (M, C, audio_channels, T'), on the model's device
+
+        Raises:
+            ValueError: the block is unlike those before it, cannot be, or comes after `flush`.
+        """
+        self._check(block)
+        block = block.to(self._pending)
+        if not self._started:
+            self._started = True
+            self._pending = self._pending.expand(*block.shape[:-1], -1)
+            self._tail = self._tail.expand(*block.shape[:-2], -1, -1, -1)
+        pieces = block.split(tile_size(block.device) * self._rows.hop, dim=-1)
+        return torch.cat([self._push_tile(piece) for piece in pieces], dim=-1)
+
+    def _push_tile(self, block: Tensor) -> Tensor:
+        rows = self._rows
+        samples = torch.cat([self._pending, block], dim=-1)
+        done = rows.count_frames(samples.shape[-1]) * rows.hop
+        self._pending = samples[..., done:].clone()
+        if done == 0:
+            return self._tail[..., :0]
+        weights = rows.encode(samples)
+        residual = rows.bottleneck(weights)
+        for layer in rows.blocks:
+            layer.add_to(residual, layer.project(layer.expand(residual)))
+        estimates = rows.decode(weights, residual)
+        estimates[..., : self._tail.shape[-1]] += self._tail
+        self._tail = estimates[..., done:].clone()
+        return estimates[..., :done]
+
+    def flush(self) -> Tensor:
+        """Ends the mixture and returns the rest of the estimates, shaped as by `push`."""
+        self._check(self._pending)
+        self._flushed = True
+        # Samples after the last whole frame are zeros.
+        return F.pad(self._tail, (0, self._pending.shape[-1] - self._tail.shape[-1]))
+
+    def _check(self, block: Tensor) -> None:
+        channels, started = self._model.audio_channels, self._pending.shape[:-1]
+        if self._flushed:
+            raise ValueError("the mixture has ended with flush(); reset() begins another one")
+        if block.dim() not in (2, 3) or block.shape[-2] != channels:
+            raise ValueError(
+                f"expected ({channels}, time) or (batch, {channels}, time),"
+                f" got {tuple(block.shape)}"
+            )
+        if self._started and block.shape[:-1] != started:
+            raise ValueError(
+                f"expected {tuple(started)} and time, as before, got {tuple(block.shape)}"
+            )
+        check_samples(block)
+
+
+def check_samples(mixture: Tensor) -> None:
+    """Raises a ValueError unless the samples are real, floating-point and finite."""
+    if not mixture.is_floating_point():
+        raise ValueError(f"expected floating-point samples, got {mixture.dtype}")
+    if not mixture.isfinite().all():
+        raise ValueError("the mixture holds NaN or infinity")
