@@ -5,11 +5,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
-from tqdm import tqdm
 
-from local.checkpoint import atomic_path, load_model
+from local.checkpoint import atomic_path
 from local.config import (
     CHOICES,
     OneLineParser,
@@ -19,8 +17,16 @@ from local.config import (
     raise_together,
     read_yaml,
 )
-from local.inference import OVERLAP, SEGMENT, separate
+from local.inference import separate
 from local.scoring import RESULTS, ScoredTrack, open_test_set, score_track, write_results
+from local.separate import (
+    add_method_flags,
+    check_method,
+    load_separator,
+    name_targets,
+    progress_bar,
+    save_estimates,
+)
 from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
 
@@ -48,8 +54,7 @@ def make_parser() -> OneLineParser:
     add("--checkpoint", help="a best_model.pth, .ckpt, folder or hub name [the run's best model]")
     add("--root", type=Path, help="the MUSDB18 or MUSDB18-HQ folder [the run's]")
     add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
-    add("--segment", type=float, default=SEGMENT, help="seconds in a window [%(default)s]")
-    add("--overlap", type=float, default=OVERLAP, help="seconds of crossfade [%(default)s]")
+    add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
     return parser
 
@@ -63,17 +68,8 @@ def evaluate(args: Namespace) -> dict[str, str]:
     raise_together(find_faults(args))
     checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
     root, suffix = find_test_set(args)
-    model = load_model(checkpoint)
-    if model.C < 2 or model.audio_channels != 2:
-        raise UserError(
-            f"--checkpoint {checkpoint}: expected a stereo model of vocals and other sources,"
-            f" got {model.C} source(s) of {model.audio_channels} channel(s)"
-        )
-    model.to("cuda" if args.use_gpu else "cpu")
-    try:
-        separate(model, torch.zeros(2, 0), args.segment, args.overlap)
-    except ValueError as error:
-        raise UserError(f"--segment, --overlap: {error}") from None
+    model = load_separator(checkpoint).to("cuda" if args.use_gpu else "cpu")
+    check_method(model, args)
     tracks = open_test_set(root, model.samplerate, suffix)
     out = prepare_out(args.exp_dir / args.out_dir, tracks)
     print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
@@ -162,10 +158,12 @@ def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) ->
     device = torch.cuda.get_device_name() if args.use_gpu else "the CPU"
     if not args.use_gpu and torch.cuda.is_available():
         device += " (--use_gpu 1 runs on the GPU)"
+    windows = f" of {args.segment} s with {args.overlap} s of crossfade"
+    if args.method != "overlap-add":
+        windows = ""
     return (
         f"{plural(tracks, 'test track')} of {root}\n"
-        f"separated by {checkpoint} on {device},"
-        f" overlap-add of {args.segment} s with {args.overlap} s of crossfade"
+        f"separated by {checkpoint} on {device}, method {args.method}{windows}"
     )
 
 
@@ -178,34 +176,17 @@ def evaluate_track(
     folder: Path | None,
 ) -> ScoredTrack:
     """Separates and scores a track, and saves the estimates where there is a folder for them."""
-    rate = model.samplerate
-    form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
-    mixture = torch.from_numpy(audio["mixture"].astype(np.float32))
-    scale = dict(total=mixture.shape[-1], unit_scale=1 / rate, bar_format=form)
-    with tqdm(desc=f"{title}, separating", **scale) as bar:
-        sources = separate(model, mixture, args.segment, args.overlap, bar.update).numpy()
-        # A model of four stems has the accompaniment in parts.
-        estimates = {"vocals": sources[0], "accompaniment": sources[1:].sum(0)}
+    mixture, rate = torch.from_numpy(audio["mixture"].astype(np.float32)), model.samplerate
+    settings = args.method, args.segment, args.overlap
+    with progress_bar(f"{title}, separating", mixture.shape[-1], rate) as bar:
+        estimates = name_targets(separate(model, mixture, *settings, bar.update))
         bar.set_description(f"{title}, scoring")
         track = score_track(name, rate, audio, estimates)
         if folder:
+            folder.mkdir(exist_ok=True)
             save_estimates(folder, estimates, rate, args.float32)
         bar.set_description(title)
     return track
-
-
-def save_estimates(
-    folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
-) -> None:
-    """Writes (2, T) estimates as TARGET.wav; 16-bit values beyond full scale are clipped."""
-    folder.mkdir(exist_ok=True)
-    for target, estimate in estimates.items():
-        samples, subtype = estimate.T, "FLOAT"
-        if not float32:
-            scaled = np.clip(np.rint(samples * 32768.0), -32768, 32767)
-            samples, subtype = scaled.astype(np.int16), "PCM_16"
-        with atomic_path(folder / f"{target}.wav") as temporary:
-            sf.write(temporary, samples, rate, subtype, format="WAV")
 
 
 if __name__ == "__main__":

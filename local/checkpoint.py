@@ -3,8 +3,9 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def load_model(source: str | Path) -> ConvTasNetStereo:
     if not path.is_dir() and not is_hub_name:
         raise UserError(f"--checkpoint: no such file or folder: {source}")
     try:
-        return ConvTasNetStereo.from_pretrained(str(source)).eval()
+        with redirect_stdout(sys.stderr):  # the hub's client talks, and stdout may carry samples
+            return ConvTasNetStereo.from_pretrained(str(source)).eval()
     except Exception as error:  # whatever the hub's client, safetensors and torch raise
         kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
         raise UserError(f"--checkpoint {source}: not a usable {kind}: {_brief(error)}") from None

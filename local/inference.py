@@ -12,7 +12,6 @@ from local.tasnet import ConvTasNetStereo
 METHODS = ("overlap-add", "full", "stream")
 SEGMENT = 6.0
 OVERLAP = 0.1
-GPU_WINDOWS = 4
 
 Progress = Callable[[int], object]
 
@@ -83,7 +82,7 @@ def _overlap_add(
     estimates = mixture.new_zeros(model.C, *mixture.shape)
     ends = range(hop, max(time, 1) + hop, hop)
     spans = [(max(end - hop - fade, 0), min(end, time)) for end in ends]
-    for group in _group_spans(spans, most=1 if like.device.type == "cpu" else GPU_WINDOWS):
+    for group in _group_spans(spans, count_windows(like.device)):
         mixtures = torch.stack([mixture[:, start:end] for start, end in group])
         for (start, end), window in zip(group, _forward(model, mixtures.to(like)), strict=True):
             if start > 0:
@@ -93,6 +92,11 @@ def _overlap_add(
             estimates[..., start:end] += window.to(estimates)
             progress(end - start - (fade if start > 0 else 0))
     return estimates
+
+
+def count_windows(device: torch.device) -> int:
+    """How many go through the model together: more than one only help a GPU."""
+    return 1 if device.type == "cpu" else 4
 
 
 def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:

@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from local.checkpoint import atomic_path, save_best_model
 from local.config import import_asteroid
+from local.inference import separate
 
 System = import_asteroid("asteroid.engine.system").System
 
@@ -20,8 +21,18 @@ class MusicSystem(System):
     items_per_second over all devices.
     """
 
+    def common_step(self, batch, batch_nb, train=True):
+        """The loss of a batch of (mixture, targets): (M, 2, T), (M, C, 2, T); whole tracks go
+        through the model in tiles, to the same numbers.
+        """
+        if train:
+            return super().common_step(batch, batch_nb, train)
+        mixtures, targets = batch
+        estimates = torch.stack([separate(self.model, mixture, "full") for mixture in mixtures])
+        return self.loss_func(estimates, targets)
+
     def training_step(self, batch, batch_nb):
-        """The loss of a batch of (mixture, targets): (M, 2, T), (M, C, 2, T)."""
+        """Logs the loss of a batch and returns it."""
         loss = self.common_step(batch, batch_nb, train=True)
         self.log("loss", loss, prog_bar=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)

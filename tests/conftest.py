@@ -1,16 +1,23 @@
 """A tiny corpus in the layout of MUSDB18-HQ, and how tests run the commands."""
 
+import copy
+import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import stempeg
+import torch
+from hypothesis import strategies as st
 from safetensors import safe_open
+
+from local.tasnet import ConvTasNetStereo
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -132,6 +139,63 @@ def load_golden(name: str) -> tuple[dict, dict, dict]:
         metadata = file.metadata()
     state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
     return metadata, tensors, state
+
+
+def load_golden_model(name: str) -> tuple[ConvTasNetStereo, dict]:
+    """(model in eval mode, tensors) of a golden file."""
+    metadata, tensors, state = load_golden(name)
+    model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
+    model.load_state_dict(state)
+    return model, tensors
+
+
+def model_confs(**kinds: st.SearchStrategy) -> st.SearchStrategy:
+    """Arguments of small models. `kinds` says at least which are causal, and their norms."""
+    sizes = dict(
+        N=st.integers(1, 12),
+        L=st.integers(2, 21),
+        B=st.integers(1, 12),
+        H=st.integers(1, 12),
+        P=st.sampled_from([1, 3, 5]),
+        X=st.integers(1, 4),
+        R=st.integers(1, 2),
+        C=st.integers(1, 4),
+        audio_channels=st.integers(1, 3),
+        mask_nonlinear=st.sampled_from(["relu", "softmax"]),
+    )
+    return st.fixed_dictionaries({**sizes, **kinds})
+
+
+def random_model(conf: dict) -> ConvTasNetStereo:
+    """A model in eval mode whose batch norms have seen something."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "causal with norm_type gLN")
+        model = ConvTasNetStereo(**conf).eval()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm1d):
+            torch.nn.init.normal_(norm.running_mean)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    return model
+
+
+@torch.no_grad()
+def forward(model: ConvTasNetStereo, mixture: torch.Tensor) -> torch.Tensor:
+    """What the model makes of a whole (audio_channels, T) mixture."""
+    return model(mixture[None])[0]
+
+
+def assert_equal_but_for_rounding(estimates, model, mixture, limit: float) -> None:
+    """Holds estimates to the plain forward, relative to its norm.
+
+    A norm amplifies rounding where what it normalises is nearly constant, as happens with a
+    channel or two. How much is seen from the plain forward in float64, and allowed for.
+    """
+    expected = forward(model, mixture)
+    exact = forward(copy.deepcopy(model).double(), mixture.double())
+    assert estimates.shape == expected.shape
+    rounding = (expected - exact).norm()
+    assert (estimates - expected).norm() <= limit * expected.norm() + 5 * rounding
 
 
 def write_times(folder: Path) -> dict[Path, int]:

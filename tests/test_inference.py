@@ -1,41 +1,66 @@
-import json
+import itertools
+import sys
 
 import pytest
 import torch
-from conftest import load_golden, needs_golden
+from conftest import (
+    ROOT,
+    assert_equal_but_for_rounding,
+    forward,
+    load_golden,
+    load_golden_model,
+    model_confs,
+    needs_golden,
+    random_model,
+    run_python,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local.inference import separate
-from local.tasnet import ConvTasNetStereo
+import local.inference
+import local.streaming
+from local.inference import METHODS, separate
+from local.tasnet import NORM_TYPES
+
+SMALL = dict(N=8, L=8, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=1000)
 
 
 class Identity(torch.nn.Module):
     """Every source is the mixture."""
 
-    def __init__(self, samplerate: int = 1000, C: int = 2):
+    def __init__(self, samplerate: int = 1000, C: int = 2, audio_channels: int = 2):
         super().__init__()
-        self.samplerate, self.C = samplerate, C
+        self.samplerate, self.C, self.audio_channels = samplerate, C, audio_channels
+        self.encoder = torch.nn.Identity()
+        self.encoder.length = 2
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # says which device the model is on
-        self.lengths = []
+        self.shapes = []
 
     def forward(self, mixture):
-        self.lengths.append(mixture.shape[-1])
+        self.shapes.append(tuple(mixture.shape))
         return mixture.unsqueeze(1).repeat(1, self.C, 1, 1)
+
+
+@pytest.fixture
+def tile(request, monkeypatch):
+    """Tiles of so many frames."""
+    for module in (local.inference, local.streaming):
+        monkeypatch.setattr(module, "tile_size", lambda device: request.param)
+    return request.param
 
 
 @needs_golden
 def test_matches_the_baseline_of_the_challenge():
     settings_, golden, _ = load_golden("overlap_add")
-    metadata, _, state = load_golden(settings_["model"])
-    model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
-    model.load_state_dict(state)
+    model, _ = load_golden_model(settings_["model"])
     segment, overlap = float(settings_["segment"]), float(settings_["overlap"])
-    estimates = separate(model, golden["mixture"][0], segment, overlap)
+    estimates = separate(model, golden["mixture"][0], "overlap-add", segment, overlap)
     error = (estimates - golden["estimate"][0]).norm() / golden["estimate"].norm()
     assert error < 1e-6
     # The golden whole-track output differs, so the match above says something.
     assert (estimates - golden["full_forward"][0]).norm() / golden["estimate"].norm() > 1e-3
+    full = separate(model, golden["mixture"][0], "full")
+    assert (full - golden["full_forward"][0]).norm() / full.norm() < 1e-6
 
 
 @pytest.mark.parametrize("length", [1, 99, 100, 101, 999, 1099, 1100, 1101, 1200, 2200, 4321])
@@ -50,48 +75,224 @@ def test_an_identity_model_returns_the_mixture(length, overlap):
 @settings(deadline=None, max_examples=100)
 @given(
     length=st.integers(1, 5000),
-    rate=st.integers(10, 1000),
+    rate=st.integers(20, 1000),
     segment=st.floats(0.1, 3),
     share=st.floats(0, 0.95),
 )
 def test_windows_cover_the_song_and_progress_adds_up(length, rate, segment, share):
     mixture, done = torch.randn(1, length), []
-    model = Identity(rate)
-    estimates = separate(model, mixture, segment, share * segment, done.append)
+    model = Identity(rate, audio_channels=1)
+    estimates = separate(model, mixture, "overlap-add", segment, share * segment, done.append)
     torch.testing.assert_close(estimates[1], mixture, rtol=0, atol=1e-5)
     assert sum(done) == length
-    assert len(done) == len(model.lengths)
+    assert len(done) == len(model.shapes)
 
 
 def test_windows_are_those_of_the_baseline():
     model = Identity()
     separate(model, torch.zeros(2, 3500), segment=1.0, overlap=0.1)
-    assert model.lengths == [1100, 1200, 1200, 300]
+    assert [time for *_, time in model.shapes] == [1100, 1200, 1200, 300]
+
+
+@pytest.mark.parametrize("length", [900, 1100, 2300, 3500, 4600, 5000, 9999])
+def test_windows_in_batches_give_the_same(length, monkeypatch):
+    """As where there is a GPU: equal windows together, the others alone."""
+    mixture, model = torch.randn(2, length), Identity()
+    expected, one_by_one = separate(model, mixture, segment=1.0), model.shapes
+    monkeypatch.setattr(local.inference, "count_windows", lambda device: 3)
+    model, done = Identity(), []
+    estimates = separate(model, mixture, segment=1.0, progress=done.append)
+    assert torch.equal(estimates, expected)
+    assert sum(done) == length
+    windows = [(1, *shape) for batch, *shape in model.shapes for _ in range(batch)]
+    assert windows == one_by_one
+    assert max(batch for batch, *_ in model.shapes) == min(3, max(1, len(windows) - 2))
 
 
 def test_an_input_shorter_than_a_window_is_what_the_model_returns():
-    torch.manual_seed(0)
-    model = ConvTasNetStereo(
-        N=8, L=8, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=1000
-    ).eval()
+    model = random_model(SMALL)
     for length in (50, 500, 1100):
         mixture = torch.randn(2, length)
-        with torch.no_grad():
-            expected = model(mixture[None])[0]
-        torch.testing.assert_close(separate(model, mixture, 1.0, 0.1), expected)
+        torch.testing.assert_close(separate(model, mixture, segment=1.0), forward(model, mixture))
 
 
-def test_no_samples_in_none_out():
-    assert separate(Identity(), torch.zeros(2, 0)).shape == (2, 2, 0)
+@needs_golden
+@pytest.mark.parametrize("tile", [37, 1024], indirect=True)
+@pytest.mark.parametrize(
+    "name",
+    ["noncausal_gln", "noncausal_cln", "noncausal_bn_softmax", "causal_cln", "causal_id_mono"],
+)
+def test_full_equals_the_published_model(name, tile):
+    model, golden = load_golden_model(name)
+    for mixture, expected in zip(golden["input"], golden["output"], strict=True):
+        error = (separate(model, mixture, "full") - expected).norm() / expected.norm()
+        assert error < 1e-6
 
 
-@pytest.mark.parametrize("segment, overlap", [(1.0, 1.2), (1.0, -0.1), (0.0, 0.0), (-1, 0)])
-def test_settings_that_cannot_be(segment, overlap):
-    with pytest.raises(ValueError, match="expected 0 <= overlap < segment"):
-        separate(Identity(), torch.zeros(2, 100), segment, overlap)
+@settings(deadline=None, max_examples=80)
+@given(
+    conf=model_confs(
+        causal=st.booleans(), norm_type=st.sampled_from(NORM_TYPES), H=st.integers(2, 12)
+    ),
+    length=st.integers(0, 250),
+    size=st.sampled_from([1, 2, 3, 10, 64, 1024]),
+)
+def test_full_is_the_plain_forward(conf, length, size):
+    model, mixture = random_model(conf), torch.randn(conf["audio_channels"], length)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (local.inference, local.streaming):
+            patch.setattr(module, "tile_size", lambda device: size)
+        estimates = separate(model, mixture, "full")
+    assert_equal_but_for_rounding(estimates, model, mixture, 1e-6)
 
 
-def test_the_result_stays_with_the_mixture_and_keeps_no_graph():
-    estimates = separate(Identity(), torch.randn(2, 2500).double(), 1.0, 0.1)
+# Dilations 1, 2, 4, 8 with five taps reach 16 frames to either side; a frame is 4 samples.
+@pytest.mark.parametrize("frames", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize("tile", [1, 15, 16, 17, 32], indirect=True)
+@pytest.mark.parametrize("norm_type, causal", list(itertools.product(NORM_TYPES, [True, False])))
+def test_full_at_the_edges_of_tiles_and_dilations(tile, frames, norm_type, causal):
+    model = random_model({**SMALL, "P": 5, "X": 4, "norm_type": norm_type, "causal": causal})
+    for extra in (0, 3):
+        mixture = torch.randn(2, 8 + 4 * (frames - 1) + extra)
+        assert_equal_but_for_rounding(separate(model, mixture, "full"), model, mixture, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [0, 1, 7, 8])
+def test_songs_about_as_short_as_a_filter(method, length):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    mixture = torch.randn(2, length)
+    torch.testing.assert_close(separate(model, mixture, method), forward(model, mixture))
+
+
+@pytest.mark.parametrize("tile", [1, 50, 1024], indirect=True)
+def test_stream_is_the_plain_forward(tile):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    mixture = torch.randn(2, 1001)
+    estimates = separate(model, mixture, "stream")
+    torch.testing.assert_close(estimates, forward(model, mixture))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [0, 5, 999, 5000])
+def test_progress_adds_up_to_the_song(method, causal, length):
+    if method == "stream" and not causal:
+        pytest.skip("a non-causal model cannot be streamed")
+    model, done = random_model({**SMALL, "causal": causal, "norm_type": "cLN"}), []
+    separate(model, torch.randn(2, length), method, 1.0, 0.1, done.append)
+    assert sum(done) == length
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_stays_with_the_mixture_and_keeps_no_graph(method):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    estimates = separate(model, torch.randn(2, 2500).double(), method, 1.0)
     assert estimates.dtype == torch.float64
     assert not estimates.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loud_and_silent_songs_give_numbers(method):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    for scale in (0.0, 1e-12, 1e4):
+        assert separate(model, scale * torch.randn(2, 3000), method, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e4])
+def test_gln_of_loud_and_silent_songs(scale):
+    model, mixture = random_model({**SMALL, "norm_type": "gLN"}), scale * torch.randn(2, 3000)
+    assert_equal_but_for_rounding(separate(model, mixture, "full"), model, mixture, 1e-6)
+
+
+def test_full_under_autocast_is_near_the_plain_forward_under_autocast():
+    """As where training validates in bf16-mixed."""
+    model, mixture = random_model({**SMALL, "norm_type": "gLN"}), torch.randn(2, 3000)
+    exact = forward(model, mixture)
+    with torch.autocast("cpu", torch.bfloat16):
+        estimates, plain = separate(model, mixture, "full"), forward(model, mixture)
+    assert estimates.dtype == torch.float32
+    assert (estimates - exact).norm() < max(2 * (plain - exact).norm(), 1e-2 * exact.norm())
+
+
+MEMORY = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from local.inference import separate
+from local.tasnet import ConvTasNetStereo
+torch.set_num_threads(1)
+method, causal, seconds = sys.argv[2], sys.argv[3] == "causal", int(sys.argv[4])
+norm_type = "cLN" if causal else "gLN"
+model = ConvTasNetStereo(
+    N=16, L=20, B=16, H=64, X=int(sys.argv[5]), R=1, C=2, causal=causal, norm_type=norm_type
+).eval()
+separate(model, torch.zeros(1, 44100), method)  # what is paid once
+mixture = torch.zeros(1, 44100 * seconds).normal_()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+estimates = separate(model, mixture, method)
+print(peak() - before - estimates.nbytes / 2**20)
+"""
+
+
+def megabytes(method: str, kind: str, seconds: int, blocks: int) -> float:
+    """Peak memory of a separation beyond its input and output, in a process of its own."""
+    result = run_python("-c", MEMORY, ROOT, method, kind, seconds, blocks)
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units")
+def test_memory_of_stream_does_not_grow_with_the_song():
+    # The hidden channels of 100 s alone would be 108 MB.
+    assert megabytes("stream", "causal", 100, 4) < megabytes("stream", "causal", 5, 4) + 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units")
+def test_memory_of_full_is_that_of_two_tensors_at_any_depth():
+    # 60 s: residual 16.1 MB, hidden channels 64.6 MB.
+    for blocks in (2, 8):
+        assert megabytes("full", "non-causal", 60, blocks) < 81 + 20
+
+
+@pytest.mark.parametrize(
+    "segment, overlap", [(1.0, 1.2), (1.0, -0.1), (0.0, 0.0), (-1, 0), (float("inf"), 0.1)]
+)
+def test_settings_that_cannot_be(segment, overlap):
+    with pytest.raises(ValueError, match="expected 0 <= overlap < segment"):
+        separate(Identity(), torch.zeros(2, 100), "overlap-add", segment, overlap)
+
+
+def test_a_segment_shorter_than_the_filter():
+    model = random_model(SMALL)
+    separate(model, torch.zeros(2, 100), segment=0.008, overlap=0)
+    with pytest.raises(ValueError, match=r"at least one filter of the model, 0\.008000 seconds"):
+        separate(model, torch.zeros(2, 100), segment=0.0079, overlap=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        (torch.zeros(3, 50), r"expected \(2, time\), got \(3, 50\)"),
+        (torch.zeros(50), r"got \(50,\)"),
+        (torch.zeros(1, 2, 50), r"got \(1, 2, 50\)"),
+        (torch.zeros(2, 50, dtype=torch.int16), "floating-point samples, got torch.int16"),
+        (torch.zeros(2, 50, dtype=torch.complex64), "floating-point samples, got torch.complex64"),
+        (torch.full((2, 50), torch.nan), "NaN or infinity"),
+        (torch.full((2, 50), -torch.inf), "NaN or infinity"),
+    ],
+)
+def test_mixtures_that_cannot_be(method, mixture, message):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    with pytest.raises(ValueError, match=message):
+        separate(model, mixture, method)
+
+
+def test_methods_that_cannot_be():
+    with pytest.raises(
+        ValueError, match="method must be one of overlap-add, full, stream, got 'x'"
+    ):
+        separate(random_model(SMALL), torch.zeros(2, 50), "x")
+    with pytest.raises(ValueError, match="only a causal model with norm_type cLN, BN or id"):
+        separate(random_model(SMALL), torch.zeros(2, 50), "stream")

@@ -4,7 +4,7 @@ import warnings
 import pytest
 import textbook
 import torch
-from conftest import load_golden, needs_golden
+from conftest import load_golden_model, needs_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -34,10 +34,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @needs_golden
 @pytest.mark.parametrize("name", GOLDEN)
 def test_matches_the_published_model(name):
-    metadata, golden, state = load_golden(name)
-    model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
-    model.load_state_dict(state, strict=True)
-
+    model, golden = load_golden_model(name)
     estimates = model(golden["input"])
     loss = l1_loss(estimates, golden["target"])
     loss.backward()

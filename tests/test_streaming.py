@@ -1,0 +1,170 @@
+import pytest
+import torch
+from conftest import (
+    assert_equal_but_for_rounding,
+    forward,
+    load_golden_model,
+    model_confs,
+    needs_golden,
+    random_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import local.streaming
+from local.streaming import StreamingConvTasNet
+from local.tasnet import ConvTasNetStereo
+
+SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2, causal=True)
+
+
+def make_model(**kwargs) -> ConvTasNetStereo:
+    return random_model({**SMALL, "norm_type": "cLN", **kwargs})
+
+
+def stream(model, mixture, splits=None) -> torch.Tensor:
+    engine = StreamingConvTasNet(model)
+    blocks = mixture.split(splits, dim=-1) if splits else [mixture]
+    return torch.cat([*(engine.push(block) for block in blocks), engine.flush()], dim=-1)
+
+
+def assert_same(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["causal_cln", "causal_id_mono"])
+@pytest.mark.parametrize("size", [1, 7, 100, 10**6])
+def test_equals_the_published_model(name, size):
+    model, golden = load_golden_model(name)
+    assert_same(stream(model, golden["input"], size), golden["output"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    conf=model_confs(causal=st.just(True), norm_type=st.sampled_from(["cLN", "BN", "id"])),
+    splits=st.lists(st.sampled_from([0, 1, 2, 3, 10, 29, 150]), min_size=1, max_size=30),
+)
+def test_any_split_gives_the_whole_forward(conf, splits):
+    model = random_model(conf)
+    mixture = torch.randn(conf["audio_channels"], sum(splits))
+    assert_equal_but_for_rounding(stream(model, mixture, splits), model, mixture, 1e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 1000])
+def test_a_long_block_goes_through_in_tiles(tile, monkeypatch):
+    monkeypatch.setattr(local.streaming, "tile_size", lambda device: tile)
+    model, mixture = make_model(), torch.randn(2, 500)
+    assert_same(stream(model, mixture), forward(model, mixture))
+
+
+@pytest.mark.parametrize("time", [0, 1, 7, 8, 9, 11, 12])
+def test_inputs_about_as_short_as_a_filter(time):
+    model, mixture = make_model(), torch.randn(2, time)
+    assert_same(stream(model, mixture, [1] * time), forward(model, mixture))
+
+
+@pytest.mark.parametrize("cut", [5, 40, 41, 333])
+def test_what_was_returned_is_final(cut):
+    """Nothing that comes later changes it, and pushing on does not write into it."""
+    model = make_model()
+    past, futures = torch.randn(2, cut), torch.randn(2, 2, 300) * 100
+    returned = []
+    for future in futures:
+        engine = StreamingConvTasNet(model)
+        first = engine.push(past)
+        copy = first.clone()
+        engine.push(future)
+        assert torch.equal(first, copy)
+        returned.append(first)
+        whole = forward(model, torch.cat([past, future], 1))
+        assert_same(first, whole[..., : first.shape[-1]])
+    assert torch.equal(*returned)
+
+
+@pytest.mark.parametrize("L", [2, 3, 8, 9])
+def test_latency_is_the_most_that_the_output_lags(L):
+    engine = StreamingConvTasNet(make_model(L=L))
+    given = got = most = 0
+    for block in torch.randn(2, 60).split(1, dim=-1):
+        given, got = given + 1, got + engine.push(block).shape[-1]
+        most = max(most, given - got)
+    assert engine.latency == most == L - 1
+
+
+def test_a_batch_dimension_is_passed_through():
+    model, mixtures = make_model(), torch.randn(3, 2, 200)
+    engine = StreamingConvTasNet(model)
+    pushed = [engine.push(block) for block in mixtures.split(33, dim=-1)]
+    estimates = torch.cat([*pushed, engine.flush()], dim=-1)
+    with torch.no_grad():
+        assert_same(estimates, model(mixtures))
+
+
+def test_reset_begins_another_mixture():
+    model, mixture = make_model(), torch.randn(2, 333)
+    engine = StreamingConvTasNet(model)
+    engine.push(torch.randn(5, 2, 123))  # of another batch size even
+    engine.reset()
+    first = torch.cat([engine.push(mixture), engine.flush()], -1)
+    engine.reset()
+    assert torch.equal(first, torch.cat([engine.push(mixture), engine.flush()], -1))
+    assert_same(first, forward(model, mixture))
+
+
+def test_the_state_is_small_and_does_not_grow():
+    model = make_model()
+    engine = StreamingConvTasNet(model)
+    size = engine.state_size
+    # (P - 1) * dilation rows of H channels per block; L - 1 samples in, L - L // 2 out.
+    rows = 2 * (1 + 2 + 4) * SMALL["R"] * SMALL["H"]
+    assert size == 4 * (rows + 2 * (8 - 1) + 2 * 2 * (8 - 4))
+    for time in (1, 10, 1000, 0, 5):
+        assert not engine.push(torch.randn(2, time)).requires_grad
+        assert engine.state_size == size
+    kept = [engine._pending, engine._tail, *(b.depthwise.context for b in engine._rows.blocks)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) <= size
+
+
+def test_estimates_are_of_the_models_dtype():
+    engine = StreamingConvTasNet(make_model())
+    assert engine.push(torch.randn(2, 100).double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kwargs", [{"causal": False}, {"norm_type": "gLN"}])
+@pytest.mark.filterwarnings("ignore:causal with norm_type gLN")
+def test_models_that_cannot_be_streamed(kwargs):
+    with pytest.raises(ValueError, match="only a causal model with norm_type cLN, BN or id"):
+        StreamingConvTasNet(make_model(**kwargs))
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        (torch.zeros(5), r"expected \(2, time\) or \(batch, 2, time\), got \(5,\)"),
+        (torch.zeros(1, 5), r"got \(1, 5\)"),
+        (torch.zeros(1, 1, 2, 5), "expected"),
+        (torch.zeros(2, 5, dtype=torch.int16), "floating-point samples, got torch.int16"),
+        (torch.zeros(2, 5, dtype=torch.complex64), "floating-point samples, got torch.complex64"),
+        (torch.full((2, 5), torch.nan), "NaN or infinity"),
+        (torch.full((2, 5), torch.inf), "NaN or infinity"),
+        (torch.zeros(4, 2, 5), r"expected \(2,\) and time, as before, got \(4, 2, 5\)"),
+    ],
+)
+def test_blocks_that_cannot_be_leave_the_stream_as_it_was(block, message):
+    model, mixture = make_model(), torch.randn(2, 100)
+    engine = StreamingConvTasNet(model)
+    first = engine.push(mixture[:, :50])
+    with pytest.raises(ValueError, match=message):
+        engine.push(block)
+    estimates = torch.cat([first, engine.push(mixture[:, 50:]), engine.flush()], -1)
+    assert_same(estimates, forward(model, mixture))
+
+
+def test_nothing_comes_after_flush_but_reset():
+    engine = StreamingConvTasNet(make_model())
+    engine.flush()
+    for again in (lambda: engine.push(torch.zeros(2, 1)), engine.flush):
+        with pytest.raises(ValueError, match=r"ended with flush\(\); reset\(\) begins another"):
+            again()
