@@ -169,25 +169,25 @@ class GlobalNorm:
 
     def __init__(self, norm: GlobalLayerNorm):
         self.gamma, self.beta = norm.gamma.flatten(), norm.beta.flatten()
-        self._sums, self._lengths, self._moments = [], [], None
+        # In float64: mean(x^2) - mean(x)^2 would cancel in float32.
+        self._total = self.gamma.new_zeros((), dtype=torch.float64)
+        self._total_squares = torch.zeros_like(self._total)
+        self._count, self._moments = 0, None
 
     def observe(self, rows: Tensor) -> Tensor:
         # Over many rows the rounding of their sums averages out; over a few it would show.
         exact = rows.double() if rows.numel() < 2**16 else rows
-        self._sums.append(exact.sum(-1).double())
-        self._lengths.append(torch.linalg.vector_norm(exact, dim=-1).double())
+        self._total += exact.sum(-1).double().sum()
+        self._total_squares += torch.linalg.vector_norm(exact, dim=-1).double().square().sum()
+        self._count += rows.numel()
         return rows
 
     def moments(self) -> tuple[float, float]:
         """Mean and 1 / standard deviation of all that was observed."""
         if self._moments is None:
-            # In float64: the difference of the two means would cancel in float32.
-            sums, lengths = torch.cat(self._sums), torch.cat(self._lengths)
-            count = sums.numel() * len(self.gamma)
-            mean = sums.sum() / count
-            variance = (lengths.square().sum() / count - mean.square()).clamp(min=0)
+            mean = self._total / self._count
+            variance = (self._total_squares / self._count - mean.square()).clamp(min=0)
             self._moments = torch.stack([mean, torch.rsqrt(variance + EPS)]).tolist()
-            self._sums, self._lengths = [], []
         return self._moments
 
     def write(self, rows: Tensor, out: Tensor) -> None:

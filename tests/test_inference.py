@@ -173,12 +173,11 @@ def test_stream_is_the_plain_forward(tile):
     torch.testing.assert_close(estimates, forward(model, mixture))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, causal", [("overlap-add", True), ("stream", True), ("full", True), ("full", False)]
+)
 @pytest.mark.parametrize("length", [0, 5, 999, 5000])
 def test_progress_adds_up_to_the_song(method, causal, length):
-    if method == "stream" and not causal:
-        pytest.skip("a non-causal model cannot be streamed")
     model, done = random_model({**SMALL, "causal": causal, "norm_type": "cLN"}), []
     separate(model, torch.randn(2, length), method, 1.0, 0.1, done.append)
     assert sum(done) == length

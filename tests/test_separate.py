@@ -1,0 +1,387 @@
+"""The command, on songs of every kind that ffmpeg here can write, and between two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import ROOT, make_stems, random_model, write_times
+
+from local import separate as command
+from local.checkpoint import load_model
+from local.inference import separate
+from local.streaming import StreamingConvTasNet
+
+RATE = 16000
+SMALL = dict(N=8, L=8, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
+
+
+def separate_songs(*args) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        command.main([str(arg) for arg in args])
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    kinds = {"non-causal": {}, "causal": dict(causal=True, norm_type="cLN"), "mono": {}}
+    kinds["mono"] = dict(audio_channels=1)
+    for name, kind in kinds.items():
+        random_model({**SMALL, **kind}).save_pretrained(folder / name)
+    return {name: folder / name for name in kinds}
+
+
+@pytest.fixture
+def flags(checkpoints, tmp_path) -> list:
+    return ["--checkpoint", checkpoints["non-causal"], "--out", tmp_path / "out"]
+
+
+def write_song(path: Path, rate=RATE, channels=2, seconds=0.7, seed=0) -> np.ndarray:
+    """Writes what its suffix says, and returns its (T, channels) samples before any coding."""
+    audio = make_stems(seconds, rate, seed)["mixture"] / 32768
+    audio = np.resize(audio.T, (channels, len(audio))).T
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path.with_suffix(".wav"), audio, rate, "FLOAT")
+    if path.suffix != ".wav":
+        convert = ["ffmpeg", "-v", "error", "-y", "-i", path.with_suffix(".wav"), path]
+        subprocess.run(convert, check=True)
+        path.with_suffix(".wav").unlink()
+    return audio.astype(np.float32)
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: sf.read(path, dtype="float32")[0] for path in folder.iterdir()}
+
+
+def test_the_estimates_are_those_of_the_model(flags, checkpoints, tmp_path):
+    audio = write_song(tmp_path / "song.wav")
+    assert separate_songs(tmp_path / "song.wav", *flags, "--float32") == 0
+    model = load_model(checkpoints["non-causal"])
+    vocals, accompaniment = separate(model, torch.from_numpy(audio.T.copy()))
+    found = read(tmp_path / "out" / "song")
+    np.testing.assert_allclose(found["vocals"].T, vocals, atol=1e-6)
+    np.testing.assert_allclose(found["accompaniment"].T, accompaniment, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".mp3", ".m4a", ".flac", ".ogg", ".wav"])
+@pytest.mark.parametrize("rate, channels", [(16000, 2), (44100, 2), (8000, 1), (48000, 1)])
+def test_length_rate_and_channels_stay_those_of_the_song(suffix, rate, channels, flags, tmp_path):
+    song = tmp_path / f"song{suffix}"
+    write_song(song, rate, channels)
+    assert separate_songs(song, *flags) == 0
+    decoded, found_rate, damage = command.read_song(song)
+    assert (found_rate, damage, decoded.shape[1]) == (rate, "", channels)
+    for target in command.TARGETS:
+        info = sf.info(tmp_path / "out" / "song" / f"{target}.wav")
+        assert (info.frames, info.samplerate, info.channels) == (len(decoded), rate, channels)
+        assert info.subtype == "PCM_16"
+
+
+class Halves(torch.nn.Module):
+    """Both sources are half of the mixture."""
+
+    C, audio_channels, samplerate = 2, 2, RATE
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Identity()
+        self.encoder.length = 2
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, mixture):
+        return torch.stack([mixture / 2, mixture / 2], dim=1)
+
+
+@pytest.mark.parametrize("rate, channels", [(22050, 2), (44100, 1), (11025, 2)])
+def test_resampling_there_and_back_changes_little(rate, channels, flags, tmp_path, monkeypatch):
+    """All that is below both Nyquist frequencies comes back where it was."""
+    time_ = np.arange(rate) / rate
+    tone = 0.5 * np.sin(2 * np.pi * 1234 * time_) * np.hanning(rate)
+    audio = np.stack([tone, 0.3 * tone][:channels], axis=1)
+    sf.write(tmp_path / "song.wav", audio, rate, "FLOAT")
+    monkeypatch.setattr(command, "load_separator", lambda checkpoint: Halves())
+    assert separate_songs(tmp_path / "song.wav", *flags, "--float32") == 0
+    found = read(tmp_path / "out" / "song")
+    error = found["vocals"].reshape(audio.shape) - audio / 2
+    assert np.abs(error).max() < 1e-4
+    np.testing.assert_array_equal(found["vocals"], found["accompaniment"])
+
+
+def test_more_channels_than_two_are_mixed_down(flags, tmp_path):
+    write_song(tmp_path / "song.wav", channels=6)
+    assert separate_songs(tmp_path / "song.wav", *flags) == 0
+    assert sf.info(tmp_path / "out" / "song" / "vocals.wav").channels == 2
+
+
+@pytest.mark.parametrize("method", ["overlap-add", "full", "stream"])
+def test_methods(method, checkpoints, tmp_path):
+    audio = write_song(tmp_path / "song.wav", seconds=2)
+    flags = ["--checkpoint", checkpoints["causal"], "-o", tmp_path / "out", "-d", "cpu"]
+    flags += ["--method", method, "--segment", 0.5, "--overlap", 0.1, "--float32"]
+    assert separate_songs(tmp_path / "song.wav", *flags) == 0
+    model, mixture = load_model(checkpoints["causal"]), torch.from_numpy(audio.T.copy())
+    expected = separate(model, mixture, method, 0.5, 0.1)[0]
+    np.testing.assert_allclose(read(tmp_path / "out" / "song")["vocals"].T, expected, atol=1e-6)
+
+
+def test_a_folder_keeps_its_order_and_other_files_are_named(flags, tmp_path, capsys):
+    songs = tmp_path / "songs"
+    for number, name in enumerate(["one.flac", "album/one.wav", 'album/M.E.R.C. "é": x.wav']):
+        write_song(songs / name, seed=number)
+    (songs / "cover.txt").write_text("not a song")
+    (songs / ".hidden.wav").write_bytes(b"")
+    assert separate_songs(songs, *flags) == 0
+    out = tmp_path / "out"
+    assert {str(path.relative_to(out)) for path in out.rglob("vocals.wav")} == {
+        "one/vocals.wav",
+        "album/one/vocals.wav",
+        'album/M.E.R.C. "é": x/vocals.wav',
+    }
+    printed = capsys.readouterr()
+    assert "1 other files left aside, cover.txt first" in printed.out
+    assert "3 songs separated" in printed.out
+    assert "[2/3]" in printed.err and "one.flac" in printed.err and "100%" in printed.err
+
+
+def test_what_was_written_into_the_folder_is_no_song_of_it(checkpoints, tmp_path):
+    write_song(tmp_path / "song.wav")
+    flags = ["--checkpoint", checkpoints["non-causal"], "--out", tmp_path / "separated"]
+    for _ in range(2):
+        assert separate_songs(tmp_path, *flags) == 0
+    assert len(list((tmp_path / "separated").rglob("vocals.wav"))) == 1
+
+
+def test_what_exists_is_kept_unless_overwritten(flags, tmp_path, capsys):
+    write_song(tmp_path / "song.wav")
+    separate_songs(tmp_path / "song.wav", *flags)
+    before = write_times(tmp_path / "out")
+    assert separate_songs(tmp_path / "song.wav", *flags) == 0
+    assert write_times(tmp_path / "out") == before
+    assert "--overwrite separates it again" in capsys.readouterr().out
+    assert separate_songs(tmp_path / "song.wav", *flags, "--overwrite") == 0
+    assert write_times(tmp_path / "out") != before
+    # Half of a song, as a killed run leaves it, is no song.
+    (tmp_path / "out" / "song" / "accompaniment.wav").unlink()
+    assert separate_songs(tmp_path / "song.wav", *flags) == 0
+    assert (tmp_path / "out" / "song" / "accompaniment.wav").is_file()
+
+
+def test_broken_songs_are_reported_and_the_others_go_on(flags, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a noise.mp3").write_bytes(rng.bytes(3000))
+    (tmp_path / "b empty.wav").write_bytes(b"")
+    (tmp_path / "c text.wav").write_text("not a song")
+    write_song(tmp_path / "d cut.flac", seconds=3)
+    content = (tmp_path / "d cut.flac").read_bytes()
+    (tmp_path / "d cut.flac").write_bytes(content[: len(content) // 2])
+    sf.write(tmp_path / "e nan.wav", np.full((100, 2), np.nan), RATE, "FLOAT")
+    sf.write(tmp_path / "f none.wav", np.zeros((0, 2)), RATE)
+    write_song(tmp_path / "g good.wav")
+    assert separate_songs(tmp_path, *flags) == 1
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    for song, fault in {
+        "a noise.mp3": "ffprobe cannot read it",
+        "b empty.wav": "ffprobe cannot read it",
+        "c text.wav": "ffprobe cannot read it",
+        "d cut.flac": "damaged, separated as far as ffmpeg reads it",
+        "e nan.wav": "it holds NaN or infinity",
+        "f none.wav": "there is no audio in it",
+    }.items():
+        assert any(song in line and fault in line for line in printed.err.splitlines()), song
+    assert "1 song separated" in printed.out
+    assert "6 with faults" in printed.out
+    found = {path.parent.name for path in (tmp_path / "out").rglob("vocals.wav")}
+    assert found == {"d cut", "g good"}
+
+
+def test_clipped_samples_are_counted(flags, tmp_path, capsys, monkeypatch):
+    sf.write(tmp_path / "song.wav", np.full((100, 2), 2.5), RATE, "FLOAT")
+    monkeypatch.setattr(command, "load_separator", lambda checkpoint: Halves())
+    separate_songs(tmp_path / "song.wav", *flags)
+    assert "400 samples beyond full scale clipped; see --float32" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "song")["vocals"].max() == 32767 / 32768
+
+
+def test_songs_that_would_go_to_the_same_folder(flags, tmp_path, error_of):
+    write_song(tmp_path / "song.flac")
+    write_song(tmp_path / "song.wav")
+    assert "would both go to" in error_of(command.main, tmp_path, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
+    write_song(tmp_path / "song.wav")
+    song, checkpoint = tmp_path / "song.wav", ["--checkpoint", checkpoints["non-causal"]]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for args, message in {
+        (): "name a SONG, or use --stream",
+        (tmp_path / "gone.wav",): "no such file or folder",
+        (tmp_path / "folder",): "there is no song in it",
+        (song, "--out", tmp_path / "file"): "is a file",
+        (song, "--device", "gpu"): "--device must be cpu, cuda, or cuda: and a number, got gpu",
+        (song, "--method", "stream"): "--method: only a causal model",
+        (song, "--overlap", 7): "--segment, --overlap: expected 0 <= overlap < segment",
+        (song, "--segment", "0.0001", "--overlap", 0): "at least one filter",
+        (song, "--method", "fast"): "invalid choice: 'fast'",
+        (song, "--stream", "vocals"): "--stream reads stdin",
+    }.items():
+        assert message in error_of(command.main, *args, *checkpoint), args
+    error = error_of(command.main, song, "--checkpoint", checkpoints["mono"])
+    assert "expected a stereo model" in error
+    error = error_of(command.main, song, "--checkpoint", tmp_path / "gone.pth")
+    assert "--checkpoint: no such file or folder" in error
+    error = error_of(command.main, "gone", "--device", "x", *checkpoint)
+    assert "2 faults" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(checkpoints, tmp_path, error_of):
+    write_song(tmp_path / "song.wav")
+    args = [tmp_path / "song.wav", "--checkpoint", checkpoints["causal"], "--device", "cuda:1"]
+    assert "torch sees no GPU; use --device cpu" in error_of(command.main, *args)
+
+
+# Streams, as real processes.
+
+
+def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
+    flags = ["-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
+    # A test that runs in the background hands on that SIGINT is ignored.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import runpy, sys; sys.argv[:] = sys.argv[2:]; "
+    code += "runpy.run_module('local.separate', run_name='__main__', alter_sys=True)"
+    words = [sys.executable, "-c", code, *map(str, flags)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, cwd=ROOT, **{**pipes, **kwargs})
+
+
+@pytest.fixture
+def mixture() -> torch.Tensor:
+    return torch.from_numpy(make_stems(2.0, RATE, 0)["mixture"].T / 32768).float()
+
+
+def to_bytes(samples: torch.Tensor) -> bytes:
+    return samples.T.contiguous().numpy().tobytes()
+
+
+def from_bytes(raw: bytes, channels: int = 2) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(-1, channels).T.copy())
+
+
+def streamed(checkpoint: Path, mixture: torch.Tensor) -> torch.Tensor:
+    engine = StreamingConvTasNet(load_model(checkpoint))
+    return torch.cat([engine.push(mixture), engine.flush()], dim=-1)
+
+
+@pytest.mark.parametrize("target", ["vocals", "accompaniment", "both"])
+def test_a_stream_is_the_whole_forward(target, checkpoints, mixture):
+    process = start(checkpoints["causal"], target)
+    out, error = process.communicate(to_bytes(mixture), timeout=120)
+    assert process.returncode == 0, error
+    vocals, accompaniment = streamed(checkpoints["causal"], mixture)
+    expected = {"vocals": vocals, "accompaniment": accompaniment}
+    expected["both"] = torch.cat([vocals, accompaniment])
+    found = from_bytes(out, channels=len(expected[target]))
+    torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
+    assert "latency 7 samples (0.4 ms)" in error.decode()
+
+
+def test_it_stands_between_ffmpeg_and_ffmpeg(checkpoints, tmp_path):
+    write_song(tmp_path / "song.flac", rate=44100, seconds=1)
+    raw = f"-f f32le -ar {RATE} -ac 2".split()
+    decoder = subprocess.Popen(
+        ["ffmpeg", "-v", "error", "-i", tmp_path / "song.flac", *raw, "-"], stdout=subprocess.PIPE
+    )
+    process = start(checkpoints["causal"], stdin=decoder.stdout)
+    encode = ["ffmpeg", "-v", "error", *raw, "-i", "-", tmp_path / "vocals.flac"]
+    encoded = subprocess.run(encode, stdin=process.stdout, timeout=120)
+    error = process.stderr.read().decode()
+    assert (decoder.wait(), process.wait(), encoded.returncode) == (0, 0, 0), error
+    assert sf.info(tmp_path / "vocals.flac").frames == RATE
+
+
+def test_estimates_come_out_while_samples_still_come_in(checkpoints, mixture):
+    process, half = start(checkpoints["causal"]), 5000  # less than a pipe holds
+    mixture = mixture[:, : 2 * half]
+    process.stdin.write(to_bytes(mixture[:, :half]))
+    process.stdin.flush()
+    first = process.stdout.read((half - 7) * 8)  # all but the latency, before there is an end
+    process.stdin.write(to_bytes(mixture[:, half:]))
+    process.stdin.close()
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    expected = streamed(checkpoints["causal"], mixture)[0]
+    torch.testing.assert_close(from_bytes(first + rest), expected, rtol=0, atol=1e-6)
+
+
+def test_ctrl_c_flushes_what_is_pending(checkpoints, mixture):
+    mixture, process = mixture[:, :5000], start(checkpoints["causal"])  # less than a pipe holds
+    process.stdin.write(to_bytes(mixture))
+    process.stdin.flush()
+    first = process.stdout.read((mixture.shape[-1] - 7) * 8)
+    process.send_signal(signal.SIGINT)
+    rest, error = process.stdout.read(), process.stderr.read().decode()
+    assert process.wait(timeout=60) == 130, error
+    assert "Traceback" not in error
+    expected = streamed(checkpoints["causal"], mixture)[0]
+    torch.testing.assert_close(from_bytes(first + rest), expected, rtol=0, atol=1e-6)
+
+
+def test_a_reader_that_goes_away_is_no_traceback(checkpoints):
+    process = start(checkpoints["causal"])
+    block = np.zeros((1000, 2), np.float32).tobytes()
+    process.stdin.write(block)
+    process.stdin.flush()
+    process.stdout.read(1000)
+    process.stdout.close()
+    with pytest.raises(BrokenPipeError):
+        for _ in range(10**4):
+            process.stdin.write(block)
+            process.stdin.flush()
+            time.sleep(0.001)
+    error = process.stderr.read().decode()
+    assert process.wait(timeout=60) == command.CLOSED_PIPE
+    assert "Traceback" not in error and "Exception ignored" not in error
+
+
+@pytest.mark.parametrize(
+    "raw, status, length, message",
+    [
+        (b"", 0, 0, "streaming vocals"),
+        (bytes(8 * 5), 0, 8 * 5, "streaming vocals"),
+        (bytes(8 * 100 + 3), 0, 8 * 100, "its last 3 bytes were no whole sample"),
+        (b"\xff" * 16, 2, 0, "error: stdin: the mixture holds NaN or infinity"),
+    ],
+)
+def test_streams_of_odd_ends(raw, status, length, message, checkpoints):
+    process = start(checkpoints["causal"])
+    out, error = process.communicate(raw, timeout=120)
+    assert (process.returncode, len(out)) == (status, length)
+    assert message in error.decode()
+    assert "Traceback" not in error.decode()
+
+
+def test_a_model_that_cannot_be_streamed(checkpoints):
+    process = start(checkpoints["non-causal"])
+    out, error = process.communicate(b"", timeout=120)
+    assert (process.returncode, out) == (2, b"")
+    assert "error: --stream: only a causal model" in error.decode()
+
+
+def test_a_terminal_is_no_stream(checkpoints):
+    terminal, other_end = os.openpty()
+    process = start(checkpoints["causal"], stdin=other_end)
+    _, error = process.communicate(timeout=120)
+    os.close(terminal)
+    os.close(other_end)
+    assert process.returncode == 2
+    assert "stdin is a terminal" in error.decode()
