@@ -183,7 +183,6 @@ def evaluate_track(
         bar.set_description(f"{title}, scoring")
         track = score_track(name, rate, audio, estimates)
         if folder:
-            folder.mkdir(exist_ok=True)
             save_estimates(folder, estimates, rate, args.float32)
         bar.set_description(title)
     return track

@@ -7,6 +7,8 @@ kept here, so the same layers stream a causal model and walk through a whole son
 Letters in shapes are those of local.tasnet; K is the number of frames in the tile.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,30 +140,29 @@ class RowDepthwise:
         return mixed
 
 
+def local_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """cLN, BN or id as a function of rows, each row by itself."""
+    if isinstance(norm, ChannelwiseLayerNorm):
+        gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
+        return lambda rows: F.layer_norm(rows, gamma.shape, gamma, beta, EPS)
+    if isinstance(norm, nn.BatchNorm1d):
+        gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        offset = norm.bias - norm.running_mean * gain
+        return lambda rows: torch.addcmul(offset, rows, gain)
+    return lambda rows: rows
+
+
 class LocalNorm:
-    """cLN, BN or id: every row by itself."""
+    """cLN, BN or id, with the interface of GlobalNorm."""
 
     def __init__(self, norm: nn.Module):
-        self._norm = norm
-        if isinstance(norm, nn.BatchNorm1d):
-            self._gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            self._offset = norm.bias - norm.running_mean * self._gain
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        norm = self._norm
-        if isinstance(norm, ChannelwiseLayerNorm):
-            return F.layer_norm(
-                rows, rows.shape[-1:], norm.gamma.flatten(), norm.beta.flatten(), EPS
-            )
-        if isinstance(norm, nn.BatchNorm1d):
-            return torch.addcmul(self._offset, rows, self._gain)
-        return rows
+        self._apply = local_norm(norm)
 
     def observe(self, rows: Tensor) -> Tensor:
         return rows
 
     def write(self, rows: Tensor, out: Tensor) -> None:
-        out.copy_(self(rows))
+        out.copy_(self._apply(rows))
 
 
 class GlobalNorm:
@@ -200,7 +201,7 @@ class Projection:
     """A local norm, then a 1x1 convolution."""
 
     def __init__(self, norm: nn.Module, conv: nn.Conv1d):
-        self._norm, self._weight = LocalNorm(norm), conv.weight[:, :, 0]
+        self._norm, self._weight = local_norm(norm), conv.weight[:, :, 0]
 
     def __call__(self, rows: Tensor) -> Tensor:
         return F.linear(self._norm(rows), self._weight)

@@ -228,7 +228,6 @@ def separate_song(
         resampled = soxr.resample(channels, model.samplerate, rate, "VHQ")[: len(audio)]
         estimates[target] = np.pad(resampled, ((0, len(audio) - len(resampled)), (0, 0))).T
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         clipped = save_estimates(folder, estimates, rate, args.float32)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
@@ -289,6 +288,7 @@ def save_estimates(folder: Path, estimates: dict[str, np.ndarray], rate: int, fl
     """Writes (channels, T) estimates as TARGET.wav; returns how many of their samples were beyond
     the full scale of 16 bits, and clipped.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     clipped = 0
     for target, estimate in estimates.items():
         samples, subtype = estimate.T, "FLOAT"

@@ -68,7 +68,8 @@ class StreamingConvTasNet:
         Raises:
             ValueError: the block is unlike those before it, cannot be, or comes after `flush`.
         """
-        self._check(block)
+        self._check_open()
+        self._check_block(block)
         block = block.to(self._pending)
         if not self._started:
             self._started = True
@@ -95,15 +96,17 @@ class StreamingConvTasNet:
 
     def flush(self) -> Tensor:
         """Ends the mixture and returns the rest of the estimates, shaped as by `push`."""
-        self._check(self._pending)
+        self._check_open()
         self._flushed = True
         # Samples after the last whole frame are zeros.
         return F.pad(self._tail, (0, self._pending.shape[-1] - self._tail.shape[-1]))
 
-    def _check(self, block: Tensor) -> None:
-        channels, started = self._model.audio_channels, self._pending.shape[:-1]
+    def _check_open(self) -> None:
         if self._flushed:
             raise ValueError("the mixture has ended with flush(); reset() begins another one")
+
+    def _check_block(self, block: Tensor) -> None:
+        channels, started = self._model.audio_channels, self._pending.shape[:-1]
         if block.dim() not in (2, 3) or block.shape[-2] != channels:
             raise ValueError(
                 f"expected ({channels}, time) or (batch, {channels}, time),"

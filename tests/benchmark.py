@@ -207,15 +207,14 @@ def longer_lengths(lengths: list[float], longest: float) -> list[float]:
 
 def song_rows(cases: list[Case], lengths: list[float], args: argparse.Namespace) -> Iterator[dict]:
     for case in cases:
+        causal = case.model == "causal"
         if case.seconds in lengths:
-            methods = ["textbook", *METHODS]
-            repeats = args.repeats
-        else:
-            methods = ["full", "stream"] if case.seconds == args.longest else ["stream"]
-            repeats = 1
-        if case.model != "causal":
-            methods = [method for method in methods if method != "stream"]
-        yield from compare_methods(case, methods, repeats)
+            methods = [method for method in METHODS if causal or method != "stream"]
+            yield from compare_methods(case, ["textbook", *methods], args.repeats)
+        elif causal:
+            yield from compare_methods(case, ["stream"], repeats=1)
+        elif case.seconds == args.longest:
+            yield from compare_methods(case, ["full"], repeats=1)
 
 
 def compare_methods(case: Case, methods: list[str], repeats: int) -> Iterator[dict]:

@@ -67,6 +67,19 @@ def write_corpus(root: Path, suffix="wav") -> Path:
     return root
 
 
+def write_song(path: Path, rate=16000, channels=2, seconds=0.7, seed=0) -> np.ndarray:
+    """Writes what its suffix says, and returns its (T, channels) samples before any coding."""
+    audio = make_stems(seconds, rate, seed)["mixture"] / 32768
+    audio = np.resize(audio.T, (channels, len(audio))).T
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path.with_suffix(".wav"), audio, rate, "FLOAT")
+    if path.suffix != ".wav":
+        convert = ["ffmpeg", "-v", "error", "-y", "-i", path.with_suffix(".wav"), path]
+        subprocess.run(convert, check=True)
+        path.with_suffix(".wav").unlink()
+    return audio.astype(np.float32)
+
+
 # run.sh would otherwise make and fill another environment.
 needs_venv = pytest.mark.skipif(
     not (ROOT / ".venv").is_dir(), reason="no .venv, so these tests were not started by run.sh"

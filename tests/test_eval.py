@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, TEST_NAMES, TINY_RUN, run_command, run_python, write_corpus, write_times
+from conftest import (
+    RATE,
+    TEST_NAMES,
+    TINY_RUN,
+    forward,
+    run_command,
+    run_python,
+    write_corpus,
+    write_times,
+)
 
 import eval as evaluation
 import train
@@ -84,22 +93,23 @@ def test_only_the_first_tracks_are_saved(experiment, tmp_path):
     assert len(list((tmp_path / "test").iterdir())) == 2
 
 
-def test_loud_estimates_are_clipped_not_wrapped(tmp_path):
-    loud = np.array([[2.0, -2.0, 1.0, -1.0, 0.5, 1 / 32768]] * 2)
-    evaluation.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=False)
-    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="int16")
-    assert audio[:, 0].tolist() == [32767, -32768, 32767, -32768, 16384, 1]
-    evaluation.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=True)
-    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="float32")
-    np.testing.assert_array_equal(audio.T, loud.astype(np.float32))
-
-
 def test_segment_and_overlap_reach_the_separation(results, experiment, corpus, tmp_path):
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path, "--segment", 0.5, "--overlap", 0.05]
     evaluate(*flags, "--float32")
     model = load_model(experiment / "best_model.pth")
     audio, _ = sf.read(corpus / "test" / TEST_NAMES[0] / "mixture.wav", dtype="float32")
-    expected = separate(model, torch.from_numpy(audio.T.copy()), 0.5, 0.05)[0].T
+    expected = separate(model, torch.from_numpy(audio.T.copy()), segment=0.5, overlap=0.05)[0].T
+    saved, _ = sf.read(tmp_path / TEST_NAMES[0] / "vocals.wav", dtype="float32")
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
+
+
+def test_method_full_is_the_whole_forward(experiment, corpus, tmp_path, capsys):
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path, "--method", "full", "--float32"]
+    evaluate(*flags)
+    assert "on the CPU, method full\n" in capsys.readouterr().out
+    model = load_model(experiment / "best_model.pth")
+    audio, _ = sf.read(corpus / "test" / TEST_NAMES[0] / "mixture.wav", dtype="float32")
+    expected = forward(model, torch.from_numpy(audio.T.copy()))[0].T
     saved, _ = sf.read(tmp_path / TEST_NAMES[0] / "vocals.wav", dtype="float32")
     np.testing.assert_allclose(saved, expected, atol=1e-6)
 

@@ -204,9 +204,11 @@ def test_gln_of_loud_and_silent_songs(scale):
     assert_equal_but_for_rounding(separate(model, mixture, "full"), model, mixture, 1e-6)
 
 
-def test_full_under_autocast_is_near_the_plain_forward_under_autocast():
+@pytest.mark.parametrize("norm_type, causal", [("gLN", False), ("cLN", True)])
+def test_full_under_autocast_is_near_the_plain_forward_under_autocast(norm_type, causal):
     """As where training validates in bf16-mixed."""
-    model, mixture = random_model({**SMALL, "norm_type": "gLN"}), torch.randn(2, 3000)
+    model = random_model({**SMALL, "norm_type": norm_type, "causal": causal})
+    mixture = torch.randn(2, 3000)
     exact = forward(model, mixture)
     with torch.autocast("cpu", torch.bfloat16):
         estimates, plain = separate(model, mixture, "full"), forward(model, mixture)

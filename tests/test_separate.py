@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, make_stems, random_model, write_times
+from conftest import ROOT, make_stems, random_model, write_song, write_times
 
 from local import separate as command
 from local.checkpoint import load_model
 from local.inference import separate
 from local.streaming import StreamingConvTasNet
 
-RATE = 16000
+RATE = 16000  # of the models
 SMALL = dict(N=8, L=8, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
 
 
@@ -41,19 +41,6 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def flags(checkpoints, tmp_path) -> list:
     return ["--checkpoint", checkpoints["non-causal"], "--out", tmp_path / "out"]
-
-
-def write_song(path: Path, rate=RATE, channels=2, seconds=0.7, seed=0) -> np.ndarray:
-    """Writes what its suffix says, and returns its (T, channels) samples before any coding."""
-    audio = make_stems(seconds, rate, seed)["mixture"] / 32768
-    audio = np.resize(audio.T, (channels, len(audio))).T
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path.with_suffix(".wav"), audio, rate, "FLOAT")
-    if path.suffix != ".wav":
-        convert = ["ffmpeg", "-v", "error", "-y", "-i", path.with_suffix(".wav"), path]
-        subprocess.run(convert, check=True)
-        path.with_suffix(".wav").unlink()
-    return audio.astype(np.float32)
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
@@ -200,6 +187,16 @@ def test_broken_songs_are_reported_and_the_others_go_on(flags, tmp_path, capsys)
     assert "6 with faults" in printed.out
     found = {path.parent.name for path in (tmp_path / "out").rglob("vocals.wav")}
     assert found == {"d cut", "g good"}
+
+
+def test_loud_estimates_are_clipped_not_wrapped(tmp_path):
+    loud = np.array([[2.0, -2.0, 1.0, -1.0, 0.5, 1 / 32768]] * 2)
+    command.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=False)
+    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="int16")
+    assert audio[:, 0].tolist() == [32767, -32768, 32767, -32768, 16384, 1]
+    command.save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=True)
+    audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="float32")
+    np.testing.assert_array_equal(audio.T, loud.astype(np.float32))
 
 
 def test_clipped_samples_are_counted(flags, tmp_path, capsys, monkeypatch):
