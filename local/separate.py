@@ -97,8 +97,11 @@ def find_faults(args: Namespace) -> list[str]:
     if args.stream:
         if args.songs:
             faults.append(f"--stream reads stdin; leave {args.songs[0]} away")
-        elif sys.stdin.isatty():
-            faults.append("--stream reads raw samples from a pipe, and stdin is a terminal")
+        for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
+            if file.isatty():
+                faults.append(
+                    f"--stream passes raw samples on, and {name} is a terminal: use pipes"
+                )
     else:
         if not args.songs:
             faults.append("name a SONG, or use --stream")
@@ -248,8 +251,8 @@ def read_song(song: Path) -> tuple[np.ndarray, int, str]:
     entries = ["-show_entries", "stream=sample_rate,channels", "-of", "json"]
     probed = run_program("ffprobe", *source, "-select_streams", "a:0", *entries)
     header = (json.loads(probed.stdout).get("streams") or [{}])[0]
-    rate, channels = int(header.get("sample_rate", 0)), min(header.get("channels", 0), 2)
-    if not rate or not channels:
+    rate, channels = str(header.get("sample_rate")), min(header.get("channels", 0), 2)
+    if not rate.isdecimal() or not int(rate) or not channels:
         raise UserError("there is no audio in it")
     raw = ["-map", "0:a:0", "-ac", str(channels), "-f", "f32le", "-"]
     decoded = run_program("ffmpeg", "-nostdin", *source, *raw)
@@ -258,7 +261,7 @@ def read_song(song: Path) -> tuple[np.ndarray, int, str]:
         raise UserError("there is no audio in it")
     if not np.isfinite(audio).all():
         raise UserError("it holds NaN or infinity")
-    return audio, rate, last_line(decoded.stderr)
+    return audio, int(rate), last_line(decoded.stderr)
 
 
 def run_program(program: str, *args: str) -> subprocess.CompletedProcess:

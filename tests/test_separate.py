@@ -381,4 +381,4 @@ def test_a_terminal_is_no_stream(checkpoints):
     os.close(terminal)
     os.close(other_end)
     assert process.returncode == 2
-    assert "stdin is a terminal" in error.decode()
+    assert "stdin is a terminal: use pipes" in error.decode()
