@@ -98,7 +98,7 @@ def find_faults(args: Namespace) -> list[str]:
         faults.append("--use_gpu 1: torch sees no GPU; use --use_gpu 0")
     if args.n_save_ex < -1:
         faults.append(f"--n_save_ex must be at least 0, or -1 for all, got {args.n_save_ex}")
-    if not 0 <= args.overlap < args.segment < float("inf"):
+    if args.method == "overlap-add" and not 0 <= args.overlap < args.segment:
         faults.append(
             f"--overlap must be at least 0 and below --segment,"
             f" got {args.overlap} and {args.segment}"
@@ -182,9 +182,9 @@ def evaluate_track(
         estimates = name_targets(separate(model, mixture, *settings, bar.update))
         bar.set_description(f"{title}, scoring")
         track = score_track(name, rate, audio, estimates)
-        if folder:
-            save_estimates(folder, estimates, rate, args.float32)
         bar.set_description(title)
+    if folder:
+        save_estimates(folder, estimates, rate, args.float32)
     return track
 
 

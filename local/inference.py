@@ -69,8 +69,10 @@ def _overlap_add(
     first window has nothing before it and the last nothing after it: the song's ends do not fade.
     """
     rate, length, time = model.samplerate, model.encoder.length, mixture.shape[-1]
-    if not 0 <= overlap < segment < float("inf"):
-        raise ValueError(f"expected 0 <= overlap < segment, got {overlap} and {segment} seconds")
+    if not 0 <= overlap < segment < 1e9:
+        raise ValueError(
+            f"expected 0 <= overlap < segment < 1e9 seconds, got {overlap} and {segment}"
+        )
     if segment * rate < length:
         raise ValueError(
             f"expected a segment of at least one filter of the model, {length / rate:.6f} seconds,"
@@ -78,10 +80,10 @@ def _overlap_add(
         )
     hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)
     like = next(model.parameters())
-    ramp = torch.linspace(0, 1, fade, device=like.device)
-    estimates = mixture.new_zeros(model.C, *mixture.shape)
     ends = range(hop, max(time, 1) + hop, hop)
     spans = [(max(end - hop - fade, 0), min(end, time)) for end in ends]
+    ramp = torch.linspace(0, 1, fade if len(spans) > 1 else 0, device=like.device)
+    estimates = mixture.new_zeros(model.C, *mixture.shape)
     for group in _group_spans(spans, count_windows(like.device)):
         mixtures = torch.stack([mixture[:, start:end] for start, end in group])
         for (start, end), window in zip(group, _forward(model, mixtures.to(like)), strict=True):

@@ -6,6 +6,7 @@ OUT/SONG/accompaniment.wav for any files that ffmpeg reads, and for all songs in
 come, with a causal model.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ PIPE_SIZE = 2**16  # bytes
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
+    if sys.stdout:  # which may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
         raise_together(find_faults(args))
@@ -93,15 +96,15 @@ def add_method_flags(parser: ArgumentParser) -> None:
 
 def find_faults(args: Namespace) -> list[str]:
     """What is wrong with the arguments, a line each."""
-    faults = [f"no such file or folder: {song}" for song in args.songs if not song.exists()]
+    exists = {song: os.path.isfile(song) or os.path.isdir(song) for song in args.songs}
+    faults = [f"no such file or folder: {song}" for song in args.songs if not exists[song]]
     if args.stream:
         if args.songs:
             faults.append(f"--stream reads stdin; leave {args.songs[0]} away")
         for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
-            if file.isatty():
-                faults.append(
-                    f"--stream passes raw samples on, and {name} is a terminal: use pipes"
-                )
+            if file is None or file.isatty():
+                kind = "closed" if file is None else "a terminal"
+                faults.append(f"--stream passes raw samples on, and {name} is {kind}: use pipes")
     else:
         if not args.songs:
             faults.append("name a SONG, or use --stream")
@@ -176,11 +179,14 @@ def find_songs(named: list[Path], out: Path) -> dict[Path, Path]:
     songs, faults = {}, []
     for path in named:
         found = list_songs(path, out) if path.is_dir() else [path]
-        if not found:
+        if path.is_dir() and path.resolve().is_relative_to(out.resolve()):
+            faults.append(f"--out: {path} lies in {out}; name another folder to write to")
+        elif not found:
             faults.append(f"{path}: there is no song in it")
         for song in found:
             below = song.parent.relative_to(path) if path.is_dir() else Path()
-            name = song.stem if song.suffix.lower() in SUFFIXES else song.name
+            is_suffixed = song.suffix.lower() in SUFFIXES and song.stem not in (".", "..")
+            name = song.stem if is_suffixed else song.name
             other = songs.setdefault(out / below / name, song)
             if other != song:
                 faults.append(f"{song} and {other} would both go to {out / below / name}")
@@ -227,15 +233,13 @@ def separate_song(
         )
     estimates = {}
     for target, estimate in name_targets(sources).items():
-        channels = estimate.T if audio.shape[1] == 2 else estimate.T.mean(axis=1, keepdims=True)
-        resampled = soxr.resample(channels, model.samplerate, rate, "VHQ")[: len(audio)]
+        channels = estimate if audio.shape[1] == 2 else estimate.mean(axis=0, keepdims=True)
+        resampled = soxr.resample(channels.T.copy(), model.samplerate, rate, "VHQ")[: len(audio)]
         estimates[target] = np.pad(resampled, ((0, len(audio) - len(resampled)), (0, 0))).T
     try:
-        clipped = save_estimates(folder, estimates, rate, args.float32)
+        save_estimates(folder, estimates, rate, args.float32)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
-    if clipped:
-        print(f"{title}: {plural(clipped, 'sample')} beyond full scale clipped; see --float32")
     if damage:
         raise UserError(f"damaged, separated as far as ffmpeg reads it: {damage}")
 
@@ -287,21 +291,31 @@ def name_targets(sources: torch.Tensor) -> dict[str, np.ndarray]:
     return dict(zip(TARGETS, (sources[0].numpy(), sources[1:].sum(0).numpy()), strict=True))
 
 
-def save_estimates(folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool) -> int:
-    """Writes (channels, T) estimates as TARGET.wav; returns how many of their samples were beyond
-    the full scale of 16 bits, and clipped.
+def save_estimates(
+    folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
+) -> None:
+    """Writes (channels, T) estimates as TARGET.wav, and says where 16 bits clipped some samples.
+
+    Raises:
+        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clipped = 0
-    for target, estimate in estimates.items():
-        samples, subtype = estimate.T, "FLOAT"
-        if not float32:
-            scaled = np.rint(samples * 32768.0)
-            samples, subtype = np.clip(scaled, -32768, 32767).astype(np.int16), "PCM_16"
-            clipped += np.count_nonzero(scaled != samples)
-        with atomic_path(folder / f"{target}.wav") as temporary:
-            sf.write(temporary, samples, rate, subtype, format="WAV")
-    return clipped
+    with ExitStack() as stack:  # all of them appear together, or none
+        for target, estimate in estimates.items():
+            samples, subtype = estimate.T, "FLOAT"
+            if not float32:
+                scaled = np.rint(samples * 32768.0)
+                samples, subtype = np.clip(scaled, -32768, 32767).astype(np.int16), "PCM_16"
+                clipped += np.count_nonzero(scaled != samples)
+            temporary = stack.enter_context(atomic_path(folder / f"{target}.wav"))
+            try:
+                sf.write(os.fsencode(temporary), samples, rate, subtype, format="WAV")
+            except sf.LibsndfileError as error:
+                reason = f"{error.error_string.rstrip('.')} (is the disk full?)"
+                raise OSError(errno.EIO, reason, str(folder)) from None
+    if clipped:
+        print(f"{folder}: {plural(clipped, 'sample')} beyond full scale clipped; see --float32")
 
 
 def stream(model: ConvTasNetStereo, target: str) -> int:
@@ -336,6 +350,8 @@ def stream(model: ConvTasNetStereo, target: str) -> int:
         write_samples(sink, engine.flush(), target)
     except BrokenPipeError:
         return CLOSED_PIPE
+    except OSError as error:
+        raise UserError(f"--stream: stdin or stdout: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"stdin: {error}") from None
     if rest:

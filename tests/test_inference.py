@@ -257,11 +257,17 @@ def test_memory_of_full_is_that_of_two_tensors_at_any_depth():
 
 
 @pytest.mark.parametrize(
-    "segment, overlap", [(1.0, 1.2), (1.0, -0.1), (0.0, 0.0), (-1, 0), (float("inf"), 0.1)]
+    "segment, overlap",
+    [(1.0, 1.2), (1.0, -0.1), (0.0, 0.0), (-1, 0), (float("inf"), 0.1), (1e308, 1)],
 )
 def test_settings_that_cannot_be(segment, overlap):
     with pytest.raises(ValueError, match="expected 0 <= overlap < segment"):
         separate(Identity(), torch.zeros(2, 100), "overlap-add", segment, overlap)
+
+
+def test_a_segment_longer_than_any_song_is_one_window():
+    mixture = torch.randn(2, 100)
+    assert torch.equal(separate(Identity(), mixture, segment=9e8, overlap=8e8)[0], mixture)
 
 
 def test_a_segment_shorter_than_the_filter():

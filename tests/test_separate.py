@@ -207,6 +207,46 @@ def test_clipped_samples_are_counted(flags, tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "out" / "song")["vocals"].max() == 32767 / 32768
 
 
+@pytest.mark.parametrize("name", ["one.wav", "...wav", b"not utf-8 \xff.wav"])
+@pytest.mark.parametrize("rate", [RATE, 3 * RATE, RATE // 2])
+def test_a_song_of_one_sample_and_odd_names(name, rate, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sf.write(os.fsencode(name), np.full((1, 2), 0.5), rate, format="WAV")
+    assert separate_songs(os.fsdecode(name), *flags) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert sf.info(os.fsencode(folder / "vocals.wav")).frames == 1
+
+
+def test_both_files_are_replaced_or_none(flags, tmp_path, monkeypatch):
+    write_song(tmp_path / "song.wav")
+    separate_songs(tmp_path / "song.wav", *flags)
+    before, write = write_times(tmp_path / "out"), sf.write
+
+    def write_one(path, *args, **kwargs):
+        if b"accompaniment" in path:
+            raise KeyboardInterrupt
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(sf, "write", write_one)
+    assert separate_songs(tmp_path / "song.wav", *flags, "--overwrite") == 130
+    after = write_times(tmp_path / "out")
+    assert {path: time for path, time in after.items() if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+
+
+def test_a_disk_that_is_full(flags, tmp_path, monkeypatch, capsys):
+    write_song(tmp_path / "song.wav")
+
+    def fail(*args, **kwargs):
+        raise sf.LibsndfileError(2)  # as libsndfile says it
+
+    monkeypatch.setattr(sf, "write", fail)
+    assert separate_songs(tmp_path / "song.wav", *flags) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "song").iterdir())
+
+
 def test_songs_that_would_go_to_the_same_folder(flags, tmp_path, error_of):
     write_song(tmp_path / "song.flac")
     write_song(tmp_path / "song.wav")
@@ -219,7 +259,11 @@ def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
     song, checkpoint = tmp_path / "song.wav", ["--checkpoint", checkpoints["non-causal"]]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
     for args, message in {
+        (tmp_path / "fifo",): "no such file or folder",
+        ("x" * 300,): "no such file or folder",
+        (tmp_path, "--out", tmp_path): "name another folder to write to",
         (): "name a SONG, or use --stream",
         (tmp_path / "gone.wav",): "no such file or folder",
         (tmp_path / "folder",): "there is no song in it",
@@ -372,6 +416,25 @@ def test_a_model_that_cannot_be_streamed(checkpoints):
     out, error = process.communicate(b"", timeout=120)
     assert (process.returncode, out) == (2, b"")
     assert "error: --stream: only a causal model" in error.decode()
+
+
+@pytest.mark.parametrize("closed, name", [("<&-", "stdin"), (">&-", "stdout")])
+def test_a_closed_pipe_is_no_stream(closed, name, checkpoints):
+    code = f'"$0" -m local.separate --stream --checkpoint "$1" {closed}'
+    result = subprocess.run(
+        ["bash", "-c", code, sys.executable, checkpoints["causal"]], cwd=ROOT, capture_output=True
+    )
+    assert result.returncode == 2
+    assert f"{name} is closed: use pipes" in result.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_stream_to_a_full_disk(checkpoints):
+    with open("/dev/full", "wb") as full:
+        process = start(checkpoints["causal"], stdout=full)
+        _, error = process.communicate(bytes(8000), timeout=120)
+    assert process.returncode == 2
+    assert "stdin or stdout: No space left on device" in error.decode()
 
 
 def test_a_terminal_is_no_stream(checkpoints):
