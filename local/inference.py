@@ -97,7 +97,7 @@ def _overlap_add(
 
 
 def count_windows(device: torch.device) -> int:
-    """How many go through the model together: more than one only help a GPU."""
+    """How many windows go through the model together: more than one helps a GPU alone."""
     return 1 if device.type == "cpu" else 4
 
 
