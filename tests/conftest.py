@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -226,6 +227,11 @@ def run_python(*args, cwd: Path | None = ROOT) -> subprocess.CompletedProcess:
 def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Runs a script of this project, from any folder."""
     return run_python(ROOT / script, *args, cwd=cwd)
+
+
+def heed_ctrl_c() -> None:
+    """For a child process: a background job of a shell ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, make_stems, random_model, write_song, write_times
+from conftest import ROOT, heed_ctrl_c, make_stems, random_model, write_song, write_times
 
 from local import separate as command
 from local.checkpoint import load_model
@@ -295,14 +295,9 @@ def test_a_gpu_that_is_not_there(checkpoints, tmp_path, error_of):
 
 
 def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
-    flags = ["-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
-    # A test that runs in the background hands on that SIGINT is ignored.
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listen}; import runpy, sys; sys.argv[:] = sys.argv[2:]; "
-    code += "runpy.run_module('local.separate', run_name='__main__', alter_sys=True)"
-    words = [sys.executable, "-c", code, *map(str, flags)]
+    words = [sys.executable, "-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(words, cwd=ROOT, **{**pipes, **kwargs})
+    return subprocess.Popen(words, cwd=ROOT, preexec_fn=heed_ctrl_c, **{**pipes, **kwargs})
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from conftest import (
     ROOT,
     TINY_RUN,
     TRAIN_NAMES,
+    heed_ctrl_c,
     run_command,
     run_python,
     write_corpus,
@@ -161,8 +162,7 @@ def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A background job of a shell ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_ctrl_c,
     )
     deadline = time.monotonic() + 120
     while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
