@@ -5,10 +5,13 @@ networks through data augmentation and network blending" (ICASSP 2017): stems of
 random gains, random swaps of the channels.
 """
 
+import os
 import shlex
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile as sf
@@ -69,24 +72,74 @@ class Track:
         Raises:
             DatasetError: the file cannot be read, is shorter, or holds NaN or infinity.
         """
+        samples, unit = self.read_samples(source, start, length)
+        return samples * unit
+
+    def read_samples(
+        self, source: str, start: int = 0, length: int = -1
+    ) -> tuple[np.ndarray, np.float32]:
+        """As read(), but (samples as they are stored, what to multiply them by).
+
+        The samples are int16 where the file is a 16-bit wav, and float32 otherwise. A gain that
+        joins the multiplication costs nothing, and changes no bit: the unit is a power of two.
+        """
         path = self.path(source)
+        expected = self.length - start if length == -1 else length
         try:
-            audio, _ = sf.read(path, length, start, dtype="float32", always_2d=True)
+            frames = self._read_pcm16(path, start, expected)
+            if frames is not None:
+                return frames.T, np.float32(1 / 32768)
+            frames, _ = sf.read(path, length, start, dtype="float32", always_2d=True)
         except (OSError, sf.LibsndfileError) as error:
             raise DatasetError(f"{path}: cannot be read: {error}") from None
-        expected = self.length - start if length == -1 else length
-        if len(audio) != expected:
+        if len(frames) != expected:
             raise DatasetError(
-                f"{path}: {len(audio)} samples where {expected} were expected from sample {start}"
+                f"{path}: {len(frames)} samples where {expected} were expected from sample {start}"
                 " on; the file is damaged or was changed"
             )
-        if not np.isfinite(audio).all():
-            bad = start + int(np.argmin(np.isfinite(audio).all(axis=1)))
+        if frames.shape[1] != 2:
+            raise DatasetError(
+                f"{path}: expected 2 channels, got {frames.shape[1]}; the file was changed"
+            )
+        if not np.isfinite(frames).all():
+            bad = start + int(np.argmin(np.isfinite(frames).all(axis=1)))
             raise DatasetError(
                 f"{path}: not a finite number at sample {bad} ({bad / self.rate:.3f} s);"
                 " mend or remove the file"
             )
-        return audio.T
+        return frames.T, np.float32(1)
+
+    def _read_pcm16(self, path: Path, start: int, length: int) -> np.ndarray | None:
+        """(length, 2) int16; None where the file is no 16-bit wav or not what it was.
+
+        libsndfile then reads it, or has the words for what is wrong. No memory map: a file that
+        shrinks under one ends the process.
+        """
+        with open(path, "rb") as file:
+            size = _find_pcm16(file, self.rate)
+            if size != 4 * self.length or not 0 <= start <= self.length - length:
+                return None
+            file.seek(4 * start, os.SEEK_CUR)
+            frames = np.empty((length, 2), "<i2")
+            return frames if file.readinto(frames) == frames.nbytes else None
+
+
+def _find_pcm16(file: BinaryIO, rate: int) -> int:
+    """Goes to the samples of a 16-bit stereo wav; returns their bytes, 0 for any other file."""
+    head = file.read(12)
+    if head[:4] + head[8:] != b"RIFFWAVE":
+        return 0
+    pcm16 = struct.pack("<HHIIHH", 1, 2, rate, 4 * rate, 4, 16)
+    layout = b""
+    while chunk := file.read(8):
+        size = int.from_bytes(chunk[4:], "little")
+        if chunk[:4] == b"data":
+            return size if layout == pcm16 else 0
+        end = file.tell() + size + size % 2
+        if chunk[:4] == b"fmt ":
+            layout = file.read(16)
+        file.seek(end)
+    return 0
 
 
 def find_tracks(
@@ -262,16 +315,16 @@ class SegmentDataset(Dataset):
         """
         epoch, index = position
         rng = np.random.default_rng((self.seed, epoch, index))
-        stems = np.stack([self._draw_stem(source, rng) for source in SOURCES])
-        return mix_targets(stems, self.mix_background)
+        stems = (self._draw_stem(source, rng) for source in SOURCES)
+        return mix_targets(stems, self.length, self.mix_background)
 
-    def _draw_stem(self, source: str, rng: np.random.Generator) -> np.ndarray:
+    def _draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
         track = self.tracks[rng.integers(len(self.tracks))]
         start = int(rng.integers(track.length - self.length + 1))
         gain = np.float32(rng.uniform(0.25, 1.25))
         swap = rng.random() < 0.5
-        audio = track.read(source, start, self.length)
-        return gain * (audio[::-1] if swap else audio)
+        samples, unit = track.read_samples(source, start, self.length)
+        return (samples[::-1] if swap else samples), gain * unit
 
 
 class TrackDataset(Dataset):
@@ -284,22 +337,28 @@ class TrackDataset(Dataset):
         return len(self.tracks)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        stems = np.stack([self.tracks[index].read(source) for source in SOURCES])
-        return mix_targets(stems, self.mix_background)
+        track = self.tracks[index]
+        stems = (track.read_samples(source) for source in SOURCES)
+        return mix_targets(stems, track.length, self.mix_background)
 
 
-def mix_targets(stems: np.ndarray, mix_background: bool) -> tuple[Tensor, Tensor]:
-    """Stems in the order of SOURCES to (mixture, targets).
+def mix_targets(
+    stems: Iterable[tuple[np.ndarray, np.float32]], length: int, mix_background: bool
+) -> tuple[Tensor, Tensor]:
+    """Stems in the order of SOURCES, each (samples, what to multiply by), to (mixture, targets).
 
     Shape:
-        - stems: (4, channels, T)
-        - mixture: (channels, T), the sum of the targets
-        - targets: (2, channels, T): vocals and the rest; (4, channels, T) without mix_background
+        - samples: (2, length)
+        - mixture: (2, length), the sum of the targets
+        - targets: (2, 2, length): vocals and the rest; (4, 2, length) without mix_background
     """
-    targets = torch.from_numpy(stems)
-    if mix_background:
-        targets = torch.stack([targets[0], targets[1:].sum(0)])
-    return targets.sum(0), targets
+    targets = np.empty((2 if mix_background else len(SOURCES), 2, length), np.float32)
+    for index, (samples, gain) in enumerate(stems):
+        if index < len(targets):
+            np.multiply(samples, gain, out=targets[index])
+        else:
+            targets[-1] += samples * gain
+    return torch.from_numpy(targets.sum(0)), torch.from_numpy(targets)
 
 
 class EpochSampler(Sampler):

@@ -1,6 +1,9 @@
 import importlib.util
 import multiprocessing
+import os
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from local.musdb18_dataset import (
     EpochSampler,
     RankSampler,
     SegmentDataset,
+    Track,
     TrackDataset,
     find_tracks,
     split_validation,
@@ -69,7 +73,120 @@ def test_reading_gives_exactly_the_samples_of_the_file(suffix, tmp_path):
         np.testing.assert_array_equal(track.read(source) * 32768, stem.T)
 
 
-def test_a_segment_reads_no_more_than_its_samples(tracks, segments, monkeypatch):
+def wav_bytes(frames: np.ndarray, before=(), after=(), fmt_tail=b"") -> bytes:
+    """A wav of (T, 2) int16 with other chunks, (name, body) each, around its samples."""
+    layout = struct.pack("<HHIIHH", 1, 2, RATE, 4 * RATE, 4, 16) + fmt_tail
+    chunks = [*before, (b"fmt ", layout), *before, (b"data", frames.tobytes()), *after]
+    padded = [name + struct.pack("<I", len(x)) + x + bytes(len(x) % 2) for name, x in chunks]
+    body = b"WAVE" + b"".join(padded)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def whole_file(path: Path) -> np.ndarray:
+    """(2, T) float32, as soundfile reads it."""
+    return sf.read(path, dtype="float32", always_2d=True)[0].T
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    noise = np.random.default_rng(0).integers(-32768, 32768, (500, 2), dtype=np.int16)
+    noise[:2] = [[-32768, 32767], [0, -1]]
+    return noise
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+CHUNKS = st.lists(
+    st.tuples(st.sampled_from([b"LIST", b"junk", b"id3 ", b"PAD "]), st.binary(max_size=9001)),
+    max_size=2,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    before=CHUNKS,
+    after=CHUNKS,
+    fmt_tail=st.sampled_from([b"", b"\0\0"]),
+    ends=st.tuples(st.integers(0, 500), st.integers(0, 500)).map(sorted),
+)
+def test_a_16_bit_wav_is_read_as_soundfile_reads_it(scratch, noise, before, after, fmt_tail, ends):
+    path = scratch / "vocals.wav"
+    path.write_bytes(wav_bytes(noise, before, after, fmt_tail))
+    track, (start, end) = Track(scratch, "wav", RATE, len(noise)), ends
+    samples, _ = track.read_samples("vocals", start, end - start)
+    assert samples.dtype == np.int16  # the fast way was taken
+    audio = track.read("vocals", start, end - start)
+    assert audio.dtype == np.float32
+    np.testing.assert_array_equal(audio, whole_file(path)[:, start:end])
+    np.testing.assert_array_equal(track.read("vocals"), whole_file(path))
+
+
+@pytest.mark.parametrize(
+    "suffix, options",
+    [
+        ("flac", dict(subtype="PCM_16")),
+        ("wav", dict(subtype="PCM_24")),
+        ("wav", dict(subtype="PCM_U8")),
+        ("wav", dict(subtype="FLOAT")),
+        ("wav", dict(subtype="PCM_16", format="WAVEX")),
+        ("wav", dict(subtype="PCM_16", format="RF64")),
+        ("wav", dict(subtype="PCM_16", endian="BIG")),
+        ("wav", dict(subtype="PCM_16", format="AIFF")),
+    ],
+)
+def test_all_other_formats_are_read_by_soundfile(tmp_path, noise, suffix, options):
+    path = tmp_path / f"vocals.{suffix}"
+    sf.write(path, noise, RATE, **options)
+    track = Track(tmp_path, suffix, RATE, len(noise))
+    assert track.read_samples("vocals")[0].dtype == np.float32
+    np.testing.assert_array_equal(track.read("vocals"), whole_file(path))
+    np.testing.assert_array_equal(track.read("vocals", 7, 100), whole_file(path)[:, 7:107])
+
+
+def test_a_header_whose_sizes_are_not_to_be_trusted_is_left_to_soundfile(tmp_path, noise):
+    """A writer that streams does not know how many samples will come."""
+    whole, size = wav_bytes(noise), struct.pack("<I", noise.nbytes)
+    path = tmp_path / "vocals.wav"
+    path.write_bytes(whole.replace(b"data" + size, b"data" + b"\xff" * 4))
+    track = Track(tmp_path, "wav", RATE, len(noise))
+    np.testing.assert_array_equal(track.read("vocals") * 32768, noise.T)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 11, 12, 19, 30, 40, 44])
+def test_a_file_that_ends_within_its_header_is_an_error(tmp_path, noise, cut):
+    (tmp_path / "vocals.wav").write_bytes(wav_bytes(noise)[:cut])
+    with pytest.raises(DatasetError, match="vocals.wav: "):
+        Track(tmp_path, "wav", RATE, len(noise)).read("vocals", 0, 100)
+
+
+@pytest.mark.parametrize("name", [b"RIFF", b"WAVE", b"fmt ", b"data"])
+def test_a_file_with_a_damaged_header_is_an_error(tmp_path, noise, name):
+    (tmp_path / "vocals.wav").write_bytes(wav_bytes(noise).replace(name, b"\0" * 4))
+    with pytest.raises(DatasetError, match="vocals.wav: "):
+        Track(tmp_path, "wav", RATE, len(noise)).read("vocals", 0, 100)
+
+
+def test_a_segment_of_a_wav_reads_no_more_than_its_samples(tmp_path, noise):
+    """A hole of 100 MB makes a file of hours that costs no disk."""
+    size, path = 100 << 20, tmp_path / "vocals.wav"
+    path.write_bytes(wav_bytes(noise[:0])[:-4] + struct.pack("<I", size))
+    os.truncate(path, 44 + size)
+    track = Track(tmp_path, "wav", RATE, size // 4)
+    tracemalloc.start()
+    try:
+        track.read_samples("vocals", 20_000_000, 4000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 4 * 4000 + 50_000
+
+
+def test_a_segment_of_a_flac_reads_no_more_than_its_samples(tmp_path, monkeypatch):
+    write_corpus(tmp_path, suffix="flac")
+    segments = SegmentDataset(find_tracks(tmp_path, "train", RATE, "flac"), LENGTH)
     lengths, read = [], sf.read
 
     def spy(path, frames, *args, **kwargs):
@@ -210,6 +327,52 @@ def test_a_file_that_shrinks_or_goes_during_the_run_is_named(own_corpus):
         track.read("bass", 10, 1000)
 
 
+@pytest.fixture
+def changing(tmp_path, noise) -> tuple[Track, Path]:
+    """(a track as it was when the run began, its file)"""
+    path = tmp_path / "vocals.wav"
+    path.write_bytes(wav_bytes(noise))
+    return Track(tmp_path, "wav", RATE, len(noise)), path
+
+
+def test_a_truncated_file_is_read_as_far_as_it_goes(changing, noise):
+    track, path = changing
+    os.truncate(path, 44 + 4 * 300 + 1)
+    np.testing.assert_array_equal(track.read("vocals", 100, 200) * 32768, noise[100:300].T)
+    for start, length, left in [(100, 201, 200), (400, 50, 0), (0, -1, 300)]:
+        with pytest.raises(DatasetError, match=f"vocals.wav: {left} samples where .* damaged"):
+            track.read("vocals", start, length)
+
+
+@pytest.mark.parametrize("start, length", [(400, 101), (600, 10), (-10, 100)])
+def test_what_lies_beyond_the_samples_is_not_taken_for_sound(changing, noise, start, length):
+    track, path = changing
+    path.write_bytes(wav_bytes(noise, after=[(b"junk", bytes(1000))]))
+    with pytest.raises(DatasetError, match="samples where"):
+        track.read("vocals", start, length)
+
+
+@pytest.mark.parametrize("found", [250, 1000])
+def test_a_file_replaced_by_one_of_another_length(changing, noise, found):
+    track, path = changing
+    path.write_bytes(wav_bytes(np.resize(noise, (found, 2))))
+    with pytest.raises(DatasetError, match=f"{found} samples where 500 were expected"):
+        track.read("vocals")
+
+
+def test_a_file_replaced_by_one_of_other_channels(changing, noise):
+    track, path = changing
+    sf.write(path, noise[:, :1], RATE)
+    with pytest.raises(DatasetError, match="vocals.wav: expected 2 channels, got 1"):
+        track.read("vocals", 0, 100)
+
+
+def test_a_file_replaced_by_one_of_another_format_is_read(changing, noise):
+    track, path = changing
+    sf.write(path, noise, RATE, "PCM_24")
+    np.testing.assert_array_equal(track.read("vocals", 3, 99) * 32768, noise[3:102].T)
+
+
 # Items
 
 
@@ -254,6 +417,33 @@ def locate(segment: np.ndarray, whole: dict[str, np.ndarray]) -> tuple[float, bo
             ):
                 return float(gains[start]), swapped, name, start
     raise AssertionError("a segment that is in no file")
+
+
+@pytest.mark.parametrize("mix_background", [True, False])
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_items_are_those_of_the_plain_way_bit_for_bit(own_corpus, subtype, mix_background):
+    for path in own_corpus.glob("train/*/bass.wav"):
+        sf.write(path, sf.read(path)[0], RATE, subtype)
+    tracks = find_tracks(own_corpus, "train", RATE)
+    dataset = SegmentDataset(tracks, 1001, 8, mix_background, seed=5)
+    for index in range(len(dataset)):
+        mixture, targets = dataset[3, index]
+        expected = plain_targets(tracks, 1001, (5, 3, index), mix_background)
+        np.testing.assert_array_equal(targets.numpy(), expected)
+        np.testing.assert_array_equal(mixture.numpy(), sum(expected))
+        assert mixture.is_contiguous() and targets.is_contiguous()
+
+
+def plain_targets(tracks, length: int, seed: tuple, mix_background: bool) -> list[np.ndarray]:
+    rng, stems = np.random.default_rng(seed), []
+    for source in SOURCES:
+        track = tracks[rng.integers(len(tracks))]
+        start = rng.integers(track.length - length + 1)
+        gain, swap = rng.uniform(0.25, 1.25), rng.random() < 0.5
+        left, right = np.float32(gain) * whole_file(track.path(source))[:, start : start + length]
+        stems.append(np.stack([right, left] if swap else [left, right]))
+    vocals, bass, drums, other = stems
+    return [vocals, bass + drums + other] if mix_background else stems
 
 
 def test_stems_of_an_item_come_from_tracks_of_their_own(tracks):
