@@ -15,6 +15,7 @@ import yaml
 
 from local.musdb18_dataset import DatasetError
 from local.tasnet import ConvTasNetStereo
+from local.training import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
@@ -47,6 +48,8 @@ SCHEMA = {
         "devices": str,
         "num_nodes": int,
         "precision": str,
+        "compile": str,
+        "memory": str,
         "max_steps": int,
     },
     "optim": {"lr": float},
@@ -78,6 +81,8 @@ LIMITS = ("max_steps", "max_valid_tracks")
 CHOICES = {
     "accelerator": ("auto", "cpu", "gpu"),
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "compile": ("auto", "yes", "no"),
+    "memory": MEMORY,
     "suffix": ("wav", "flac"),
 }
 
@@ -273,9 +278,13 @@ def _model_faults(conf: dict) -> list[str]:
 
 
 def _as_type(value, kind: type):
-    """`value` as `kind`, where nothing is lost by it: YAML has 5 for 5.0 and null for no text."""
+    """`value` as `kind`, where nothing is lost by it: YAML has 5 for 5.0, null for no text, and
+    true for yes.
+    """
     if kind is str and value is None:
         return ""
+    if kind is str and isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int) and not isinstance(value, bool) and kind in (float, str):
         return kind(value)
     if type(value) is not kind:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from local.rows import RowBlock, RowModel, tile_size
+from local.rows import RowBlock, RowModel, product_dtype, tile_size
 from local.streaming import StreamingConvTasNet, can_stream, check_samples
 from local.tasnet import ConvTasNetStereo
 
@@ -147,7 +147,7 @@ def _full(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tenso
     tiles = [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
     spans = [slice(t.start * rows.hop, (t.stop - 1) * rows.hop + rows.length) for t in tiles]
     residual = like.new_zeros(frames, rows.B)
-    buffer = like.new_empty(frames, max(rows.B, rows.H))
+    buffer = like.new_empty(frames, max(rows.B, rows.H), dtype=product_dtype(like))
     hidden, update = buffer[:, : rows.H], buffer[:, : rows.B]
 
     for tile, span in zip(tiles, spans, strict=True):

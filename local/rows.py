@@ -28,6 +28,40 @@ def tile_size(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 32768
 
 
+def encode(model: ConvTasNetStereo, mixture: Tensor) -> Tensor:
+    """(..., audio_channels, T) with T >= L -> weights (..., K, N)."""
+    windows = mixture.unfold(-1, model.encoder.length, model.encoder.hop).movedim(-3, -2)
+    return F.linear(windows.flatten(-2), model.encoder.conv1d_U.weight.flatten(1)).relu_()
+
+
+def embed(model: ConvTasNetStereo, weights: Tensor) -> Tensor:
+    """(..., K, N) -> residual (..., K, B), as the first block takes it."""
+    norm, conv, *_ = model.separator.network
+    return F.linear(local_norm(norm)(weights), conv.weight[:, :, 0])
+
+
+def decode(model: ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor:
+    """(..., K, N), (..., K, B) -> estimates (..., C, audio_channels, (K - 1) * hop + L)."""
+    scores = F.linear(residual, model.separator.network[-1].weight[:, :, 0])
+    scores = scores.unflatten(-1, (model.C, -1))
+    softmax = model.separator.mask_nonlinear == "softmax"
+    masks = scores.softmax(-2) if softmax else scores.relu_()
+    signals = F.linear(weights.unsqueeze(-2) * masks, model.decoder.basis_signals.weight)
+    signals = wide(signals).unflatten(-1, (model.audio_channels, model.decoder.length))
+    return overlap_and_add(signals.movedim(-4, -2), model.decoder.hop)
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """Of the products with `like`: autocast's, or its own."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
+def wide(rows: Tensor) -> Tensor:
+    """In float32 at least: autocast's products come out shorter."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 class RowModel:
     """The parts of a ConvTasNetStereo that remember nothing, and its blocks, which do.
 
@@ -38,33 +72,22 @@ class RowModel:
     def __init__(self, model: ConvTasNetStereo):
         if model.training:
             raise ValueError("expected a model in eval mode; call model.eval() first")
-        norm, conv, repeats, conv_out = model.separator.network
+        self._model = model
+        norm, conv, repeats, _ = model.separator.network
         self.length, self.hop = model.encoder.length, model.encoder.hop
         self.B, self.H = conv.out_channels, repeats[0][0].net[0].out_channels
-        self._audio_channels, self._sources = model.audio_channels, model.C
-        self._softmax = model.separator.mask_nonlinear == "softmax"
-        self._encoder = model.encoder.conv1d_U.weight.flatten(1)  # (N, audio_channels * L)
         self.bottleneck = Projection(norm, conv)  # weights (..., K, N) -> residual (..., K, B)
         self.blocks = [RowBlock(block) for repeat in repeats for block in repeat]
-        self._masks = conv_out.weight[:, :, 0]
-        self._basis_signals = model.decoder.basis_signals.weight
 
     def count_frames(self, time: int) -> int:
         """Whole frames in `time` samples."""
         return max(0, (time - self.length) // self.hop + 1)
 
     def encode(self, mixture: Tensor) -> Tensor:
-        """(..., audio_channels, T) with T >= L -> weights (..., K, N)."""
-        windows = mixture.unfold(-1, self.length, self.hop).movedim(-3, -2)
-        return F.linear(windows.flatten(-2), self._encoder).relu_()
+        return encode(self._model, mixture)
 
     def decode(self, weights: Tensor, residual: Tensor) -> Tensor:
-        """(..., K, N), (..., K, B) -> estimates (..., C, audio_channels, (K - 1) * hop + L)."""
-        scores = F.linear(residual, self._masks).unflatten(-1, (self._sources, -1))
-        masks = scores.softmax(-2) if self._softmax else scores.relu_()
-        signals = F.linear(weights.unsqueeze(-2) * masks, self._basis_signals)
-        signals = signals.unflatten(-1, (self._audio_channels, self.length))
-        return overlap_and_add(signals.movedim(-4, -2), self.hop)
+        return decode(self._model, weights, residual)
 
 
 class RowBlock:

@@ -1,0 +1,404 @@
+"""The model's forward pass for training: the same numbers in a fraction of the time and memory.
+
+local.tasnet is the definition; this is held to it. Frames are rows, (M, K, channels), so every 1x1
+convolution is one matrix product. A block is one node of the autograd graph that keeps little
+beside what entered it: its backward pass rebuilds the rest, which costs less than reading it back.
+
+Letters in shapes are those of local.tasnet.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from local.rows import decode, embed, encode, product_dtype, wide
+from local.tasnet import EPS, ChannelwiseLayerNorm, ConvTasNetStereo, TemporalBlock
+
+MEMORY = ("none", "some", "most")
+
+POOLED = {"gLN": (1, 2), "cLN": (2,), "BN": (0, 1)}  # the dimensions that a norm takes as one
+NORM_EPS = {"gLN": EPS, "cLN": EPS, "BN": nn.BatchNorm1d(1).eps}
+
+Scratch = Sequence[Tensor | None]  # six of (M, K, H)
+
+
+class TrainingForward:
+    """What `model` computes in training mode, up to rounding, with the same gradients.
+
+    Under autocast the products, and what is kept of a block, are of its dtype; the statistics of
+    norms, the residual path and the estimates stay float32.
+
+    Args:
+        model: its parameters are used where they are, and the statistics of its BN updated.
+        memory: how much the backward pass computes again. "none": only what lies between
+            products, so that three tensors are kept of a block; "some": everything but what
+            entered a block; "most": everything but what entered a repeat.
+        compiled: let torch.compile fuse what lies between the products, which takes a minute or
+            so at the first step; see `find_compiler_fault`.
+
+    Raises:
+        ValueError: there is no such `memory`.
+    """
+
+    def __init__(self, model: ConvTasNetStereo, memory: str = "some", compiled: bool = False):
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+        fuse = torch.compile if compiled else lambda function: function
+        self._model, self._memory, self._compiled = model, memory, compiled
+        self._start, self._end = fuse(_start), fuse(decode)
+        self._passes = fuse(forward_block), fuse(backward_block)
+
+    def __call__(self, mixture: Tensor) -> Tensor:
+        """Separates.
+
+        Shape:
+            - mixture: (M, audio_channels, T) with T >= L
+            - estimates: (M, C, audio_channels, T)
+        """
+        weights, residual = self._start(self._model, mixture)
+        scratch = self._make_scratch(residual)
+        for repeat in self._model.separator.network[2]:
+            residual = self._run(repeat, residual, scratch)
+        estimates = self._end(self._model, weights, residual)
+        return F.pad(estimates, (0, mixture.shape[-1] - estimates.shape[-1]))
+
+    def _make_scratch(self, residual: Tensor) -> Scratch:
+        """Fresh memory costs a CPU more than the pass that fills it; a GPU has a cache of it, and a
+        compiler leaves most of the passes out.
+        """
+        device = residual.device.type
+        if self._compiled or device != "cpu" or torch.is_autocast_enabled(device):
+            return [None] * 6
+        H = self._model.separator.network[2][0][0].net[0].out_channels
+        return residual.new_empty(6, *residual.shape[:2], H).unbind()
+
+    def _run(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
+        if self._memory != "most":
+            return self._run_blocks(repeat, residual, scratch)
+        return checkpoint(
+            self._run_blocks,
+            repeat,
+            residual,
+            scratch,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _FrozenStatistics(repeat)),
+        )
+
+    def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
+        norm_type, keep = self._model.norm_type, self._memory == "none"
+        for block in repeat:
+            shape, weights = BlockShape.of(block, norm_type), BlockWeights.of(block)
+            residual, *moments = BlockFunction.apply(
+                self._passes, keep, scratch, shape, residual, *weights
+            )
+            if norm_type == "BN":
+                frames = residual.shape[0] * residual.shape[1]
+                _count_batch(block.net[2], *moments[:2], frames)
+                _count_batch(block.net[3].net[-2], *moments[2:], frames)
+        return residual
+
+
+def find_compiler_fault(device: torch.device) -> str:
+    """Why torch.compile does not work here, in a line; empty where it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return ""
+
+
+def _start(model: ConvTasNetStereo, mixture: Tensor) -> tuple[Tensor, Tensor]:
+    weights = encode(model, mixture)
+    return weights, wide(embed(model, weights))
+
+
+@torch.no_grad()
+def _count_batch(norm: nn.BatchNorm1d, mean: Tensor, scale: Tensor, frames: int) -> None:
+    """Moves the running statistics towards those of a batch, as BN does in training mode."""
+    if norm.track_running_stats:
+        variance = (scale.square().reciprocal() - norm.eps) * (frames / max(frames - 1, 1))
+        norm.running_mean.lerp_(mean.flatten(), norm.momentum)
+        norm.running_var.lerp_(variance.flatten(), norm.momentum)
+        norm.num_batches_tracked += 1
+
+
+class _FrozenStatistics:
+    """While a forward pass is repeated, BN must not count its batch again."""
+
+    def __init__(self, repeat: nn.Sequential):
+        self._norms = [norm for norm in repeat.modules() if isinstance(norm, nn.BatchNorm1d)]
+
+    def __enter__(self) -> None:
+        for norm in self._norms:
+            norm.track_running_stats = False
+
+    def __exit__(self, *_) -> None:
+        for norm in self._norms:
+            norm.track_running_stats = True
+
+
+# A block
+
+
+class BlockShape(NamedTuple):
+    """What a TemporalBlock is beside its parameters."""
+
+    norm_type: str
+    dilation: int
+    before: int  # frames of zeros before the first
+
+    @classmethod
+    def of(cls, block: TemporalBlock, norm_type: str) -> "BlockShape":
+        depthwise = block.net[3].net[0]
+        return cls(norm_type, depthwise.dilation[0], depthwise.padding[0])
+
+    def offsets(self, weights: "BlockWeights") -> list[int]:
+        """Where each tap looks, in frames from the one that it adds to."""
+        return [p * self.dilation - self.before for p in range(len(weights.taps))]
+
+
+class BlockWeights(NamedTuple):
+    """The parameters of a TemporalBlock; gamma and beta are None where the norm is id."""
+
+    expand: Tensor  # (H, B), as project of autocast's dtype
+    slope_in: Tensor  # (1,)
+    gamma_in: Tensor | None  # (H,)
+    beta_in: Tensor | None
+    taps: Tensor  # (P, H)
+    slope_out: Tensor
+    gamma_out: Tensor | None
+    beta_out: Tensor | None
+    project: Tensor  # (B, H)
+
+    @classmethod
+    def of(cls, block: TemporalBlock) -> "BlockWeights":
+        expand, activation_in, norm_in, separable = block.net
+        depthwise, *_, activation_out, norm_out, project = separable.net
+        dtype = product_dtype(expand.weight)
+        return cls(
+            expand.weight[:, :, 0].to(dtype),
+            activation_in.weight,
+            *_gamma_and_beta(norm_in),
+            depthwise.weight[:, 0].t(),
+            activation_out.weight,
+            *_gamma_and_beta(norm_out),
+            project.weight[:, :, 0].to(dtype),
+        )
+
+
+def _gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(norm, ChannelwiseLayerNorm):
+        return norm.gamma.flatten(), norm.beta.flatten()
+    if isinstance(norm, nn.BatchNorm1d):
+        return norm.weight, norm.bias
+    return None, None
+
+
+class BlockFunction(torch.autograd.Function):
+    """A TemporalBlock as one node: residual (M, K, B) to the next residual and, without a
+    gradient, the moments of its two norms.
+    """
+
+    @staticmethod
+    def forward(ctx, passes, keep, scratch, shape, residual, *weights):
+        ctx.shape, ctx.scratch, (run_forward, ctx.run_backward) = shape, scratch, passes
+        entered = residual.to(weights[0].dtype)
+        with torch.autocast(residual.device.type, enabled=False):
+            residual, moments, kept = run_forward(
+                residual, entered, BlockWeights(*weights), shape, keep, scratch
+            )
+        ctx.save_for_backward(entered, *kept, *moments, *weights)
+        ctx.mark_non_differentiable(*(moment for moment in moments if moment is not None))
+        return residual, *moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        entered, *rest = ctx.saved_tensors
+        kept, moments, weights = rest[:2], rest[2:6], BlockWeights(*rest[6:])
+        grads = ctx.run_backward(grad, entered, kept, moments, weights, ctx.shape, ctx.scratch)
+        return None, None, None, None, *grads
+
+
+def forward_block(
+    residual: Tensor,
+    entered: Tensor,
+    weights: BlockWeights,
+    shape: BlockShape,
+    keep: bool,
+    scratch: Scratch,
+) -> tuple[Tensor, tuple, tuple]:
+    """The next residual, the moments of both norms, and what goes into the PReLUs where it is to
+    be kept. `entered` is the residual in the dtype of the products.
+    """
+    one, two, three, four, *_ = scratch
+    hidden = _product(entered, weights.expand.t(), None if keep else one)
+    active = prelu(wide(hidden), weights.slope_in, out=two)
+    moments_in = normalise_(active, weights.gamma_in, weights.beta_in, shape.norm_type, three)
+    mixed = depthwise(active, weights.taps, shape.offsets(weights), out=None if keep else four)
+    mixed = mixed.to(hidden.dtype)
+    active = prelu(wide(mixed), weights.slope_out, out=two)
+    moments_out = normalise_(active, weights.gamma_out, weights.beta_out, shape.norm_type, three)
+    residual = residual + _product(active.to(hidden.dtype), weights.project.t())
+    return residual, (*moments_in, *moments_out), (hidden, mixed) if keep else (None, None)
+
+
+def backward_block(
+    grad: Tensor,
+    entered: Tensor,
+    kept: Sequence[Tensor | None],
+    moments: Sequence[Tensor | None],
+    weights: BlockWeights,
+    shape: BlockShape,
+    scratch: Scratch,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the residual and of the weights, from that of the next residual.
+
+    `kept` is (hidden, mixed) of the forward pass; each is computed again where it is None.
+    """
+    one, two, three, four, five, six = scratch
+    norm_in = weights.gamma_in, weights.beta_in, shape.norm_type, six, moments[:2]
+    norm_out = weights.gamma_out, weights.beta_out, shape.norm_type, six, moments[2:]
+    offsets, (hidden, mixed) = shape.offsets(weights), kept
+    if hidden is None:
+        hidden = _product(entered, weights.expand.t(), one)
+    normed_in = prelu(wide(hidden), weights.slope_in, out=two)
+    normalise_(normed_in, *norm_in)
+    if mixed is None:
+        mixed = depthwise(normed_in, weights.taps, offsets, out=three).to(hidden.dtype)
+    active = prelu(wide(mixed), weights.slope_out, out=four)
+    normalise_(active, *norm_out)
+
+    grad_update = grad.to(hidden.dtype)
+    grad_project = _product_over_frames(grad_update, active.to(hidden.dtype))
+    flow = wide(_product(grad_update, weights.project, five))
+    active = prelu(wide(mixed), weights.slope_out, out=four)
+    grads_norm_out = normalise_backward_(flow, active, *norm_out)
+    grad_slope_out = prelu_backward_(flow, wide(mixed), weights.slope_out, six)
+    flow = wide(flow.to(hidden.dtype))
+    grad_taps = depthwise_backward(flow, normed_in, offsets, six)
+    flow = depthwise(flow, weights.taps, [-offset for offset in offsets], out=four)
+    active = prelu(wide(hidden), weights.slope_in, out=two)
+    grads_norm_in = normalise_backward_(flow, active, *norm_in)
+    grad_slope_in = prelu_backward_(flow, wide(hidden), weights.slope_in, six)
+    flow = flow.to(hidden.dtype)
+    grad_expand = _product_over_frames(flow, entered)
+    grad_residual = grad + _product(flow, weights.expand)
+    grads_in = grad_expand, grad_slope_in, *grads_norm_in
+    return grad_residual, *grads_in, grad_taps, grad_slope_out, *grads_norm_out, grad_project
+
+
+def _product(frames: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """(M, K, i) @ (i, j) -> (M, K, j)."""
+    rows = torch.mm(_rows(frames), matrix, out=None if out is None else _rows(out))
+    return rows.view(*frames.shape[:2], -1)
+
+
+def _product_over_frames(first: Tensor, second: Tensor) -> Tensor:
+    """(M, K, i), (M, K, j) -> (i, j)."""
+    return _rows(first).t() @ _rows(second)
+
+
+def _rows(frames: Tensor) -> Tensor:
+    return frames.flatten(0, 1)
+
+
+# What lies between the products. `out` and `spare` are tensors to write to, or None; a trailing
+# underscore means that the first argument is changed.
+
+
+def prelu(hidden: Tensor, slope: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.clamp(hidden, min=0, out=out).lerp_(hidden, slope)
+
+
+def prelu_backward_(grad: Tensor, hidden: Tensor, slope: Tensor, spare: Tensor | None) -> Tensor:
+    """From the gradient of the activation to that of hidden; returns that of the slope."""
+    below = torch.clamp(hidden, max=0, out=spare)
+    grad_slope = torch.mul(grad, below, out=spare).sum().view(1)
+    above = torch.gt(hidden, 0, out=spare)
+    grad.mul_(torch.mul(above, 1 - slope, out=spare).add_(slope))
+    return grad_slope
+
+
+def normalise_(
+    hidden: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    norm_type: str,
+    spare: Tensor | None,
+    moments: Sequence[Tensor | None] = (None, None),
+) -> Sequence[Tensor | None]:
+    """Returns (mean, 1 / standard deviation), measured where they are not given."""
+    if norm_type == "id":
+        return None, None
+    mean, scale = moments
+    if mean is None:
+        mean = hidden.mean(POOLED[norm_type], keepdim=True)
+    hidden.sub_(mean)
+    if scale is None:
+        variance = torch.mul(hidden, hidden, out=spare).mean(POOLED[norm_type], keepdim=True)
+        scale = torch.rsqrt(variance + NORM_EPS[norm_type])
+    torch.addcmul(beta, hidden.mul_(scale), gamma, out=hidden)
+    return mean, scale
+
+
+def normalise_backward_(
+    grad: Tensor,
+    hidden: Tensor,
+    gamma: Tensor | None,
+    _beta: Tensor | None,
+    norm_type: str,
+    spare: Tensor | None,
+    moments: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """From the gradient of what is normalised to that of hidden, which is changed too; returns
+    the gradients of gamma and beta.
+    """
+    if norm_type == "id":
+        return None, None
+    (mean, scale), pooled = moments, POOLED[norm_type]
+    normed = hidden.sub_(mean).mul_(scale)
+    product = torch.mul(grad, normed, out=spare)
+    grad_gamma, grad_beta = product.sum((0, 1)), grad.sum((0, 1))
+    grad.mul_(gamma)
+    mean_grad = grad.mean(pooled, keepdim=True)
+    mean_product = product.mul_(gamma).mean(pooled, keepdim=True)
+    grad.sub_(mean_grad).addcmul_(normed, mean_product, value=-1).mul_(scale)
+    return grad_gamma, grad_beta
+
+
+def depthwise(
+    hidden: Tensor, taps: Tensor, offsets: list[int], out: Tensor | None = None
+) -> Tensor:
+    """Sums over the taps p of taps[p] * hidden[k + offsets[p]], zeros around; an offset is 0."""
+    mixed = torch.mul(hidden, taps[offsets.index(0)], out=out)
+    for tap, offset in zip(taps, offsets, strict=True):
+        if offset != 0:
+            to, origin = _overlap(mixed, hidden, offset)
+            to.addcmul_(origin, tap)
+    return mixed
+
+
+def depthwise_backward(
+    grad: Tensor, hidden: Tensor, offsets: list[int], spare: Tensor | None
+) -> Tensor:
+    """The gradient of the taps."""
+    grads = []
+    for offset in offsets:
+        flow, origin = _overlap(grad, hidden, offset)
+        product = torch.mul(flow, origin, out=None if spare is None else spare[:, : flow.shape[1]])
+        grads.append(product.sum((0, 1)))
+    return torch.stack(grads)
+
+
+def _overlap(first: Tensor, second: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """first[k] and second[k + offset] for the frames k where both are."""
+    frames = max(first.shape[1] - abs(offset), 0)
+    return first[:, max(-offset, 0) :][:, :frames], second[:, max(offset, 0) :][:, :frames]
