@@ -17,7 +17,7 @@ import numpy as np
 import soundfile as sf
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 # In the order in which the published recipe stacks them as targets.
 SOURCES = ("vocals", "bass", "drums", "other")
@@ -272,7 +272,7 @@ class SegmentDataset(Dataset):
     """Random segments: every stem of an item comes from a track of its own.
 
     An item is a pure function of (seed, epoch, index), so it is the same for any number of
-    workers, on any rank and after a resume.
+    workers, on any rank and after a resume. A DataLoader needs collate_fn=keep_batch.
 
     Args:
         tracks: the training tracks.
@@ -313,10 +313,25 @@ class SegmentDataset(Dataset):
             - mixture: (2, length), the sum of the targets
             - targets: (targets, 2, length)
         """
-        epoch, index = position
-        rng = np.random.default_rng((self.seed, epoch, index))
-        stems = (self._draw_stem(source, rng) for source in SOURCES)
-        return mix_targets(stems, self.length, self.mix_background)
+        mixtures, targets = self.__getitems__([position])
+        return mixtures[0], targets[0]
+
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The batch of the items at M positions (epoch, index), as a DataLoader asks for it.
+
+        Shape:
+            - mixtures: (M, 2, length), the sums of the targets
+            - targets: (M, targets, 2, length)
+        """
+        mixtures, targets = _allocate(self.mix_background, self.length, len(positions))
+        if get_worker_info() is not None:
+            # A batch leaves a worker through shared memory: moved there empty, it is written once.
+            mixtures.share_memory_()
+            targets.share_memory_()
+        for (epoch, index), *item in zip(positions, mixtures, targets, strict=True):
+            rng = np.random.default_rng((self.seed, epoch, index))
+            mix_targets((self._draw_stem(source, rng) for source in SOURCES), *item)
+        return mixtures, targets
 
     def _draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
         track = self.tracks[rng.integers(len(self.tracks))]
@@ -325,6 +340,11 @@ class SegmentDataset(Dataset):
         swap = rng.random() < 0.5
         samples, unit = track.read_samples(source, start, self.length)
         return (samples[::-1] if swap else samples), gain * unit
+
+
+def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The collate function for SegmentDataset, which makes whole batches itself."""
+    return batch
 
 
 class TrackDataset(Dataset):
@@ -338,27 +358,42 @@ class TrackDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         track = self.tracks[index]
-        stems = (track.read_samples(source) for source in SOURCES)
-        return mix_targets(stems, track.length, self.mix_background)
+        mixture, targets = _allocate(self.mix_background, track.length)
+        mix_targets((track.read_samples(source) for source in SOURCES), mixture, targets)
+        return mixture, targets
+
+
+def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, Tensor]:
+    """(mixture, targets) to be filled by mix_targets, with the dimensions of a batch in front."""
+    count = 2 if mix_background else len(SOURCES)
+    return (
+        torch.empty(*batch, 2, length, dtype=torch.float32),
+        torch.empty(*batch, count, 2, length, dtype=torch.float32),
+    )
 
 
 def mix_targets(
-    stems: Iterable[tuple[np.ndarray, np.float32]], length: int, mix_background: bool
-) -> tuple[Tensor, Tensor]:
-    """Stems in the order of SOURCES, each (samples, what to multiply by), to (mixture, targets).
+    stems: Iterable[tuple[np.ndarray, np.float32]], mixture: Tensor, targets: Tensor
+) -> None:
+    """Fills mixture and targets from the stems, each (samples, what to multiply by).
+
+    Args:
+        stems: in the order of SOURCES.
+        mixture: becomes the sum of the targets.
+        targets: become a stem each, the last one the sum of all stems that are left.
 
     Shape:
         - samples: (2, length)
-        - mixture: (2, length), the sum of the targets
-        - targets: (2, 2, length): vocals and the rest; (4, 2, length) without mix_background
+        - mixture: (2, length)
+        - targets: (targets, 2, length)
     """
-    targets = np.empty((2 if mix_background else len(SOURCES), 2, length), np.float32)
+    mixture, targets = mixture.numpy(), targets.numpy()
     for index, (samples, gain) in enumerate(stems):
         if index < len(targets):
             np.multiply(samples, gain, out=targets[index])
         else:
             targets[-1] += samples * gain
-    return torch.from_numpy(targets.sum(0)), torch.from_numpy(targets)
+    targets.sum(0, out=mixture)
 
 
 class EpochSampler(Sampler):

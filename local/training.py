@@ -105,6 +105,13 @@ class TrainingForward:
         return residual
 
 
+def multiply_as_convolutions_do() -> None:
+    """Lets products in float32 take TF32 on a GPU where torch's convolutions may, which they are
+    here: a 1x1 convolution is a product over rows.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+
+
 def find_compiler_fault(device: torch.device) -> str:
     """Why torch.compile does not work here, in a line; empty where it does."""
     try:

@@ -1,6 +1,7 @@
-"""What the model costs, by hand: python tests/benchmark.py separate [options]
+"""What the model costs, by hand: python tests/benchmark.py separate|train|load [options]
 
-Needs torch and huggingface_hub alone, so that it runs on a bare machine with a GPU.
+Needs torch and huggingface_hub alone, so that it runs on a bare machine with a GPU; load needs
+soundfile, too.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,6 +35,12 @@ from local.inference import METHODS, separate
 from local.rows import tile_size
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
+from local.training import (
+    MEMORY,
+    TrainingForward,
+    find_compiler_fault,
+    multiply_as_convolutions_do,
+)
 
 RATE = 44100
 SIZES = dict(N=256, B=256, H=512, X=10, R=4)  # of the published models
@@ -46,6 +55,10 @@ BLOCKS_MS = (1, 5, 20, 200)
 MATRIX_BURSTS, BURST = 10, 8
 WARM_UP_SAMPLES = RATE // 10
 WARM_UP_BLOCKS = 10
+TRAINING_SHAPES = {"cpu": (1, 1.0), "cuda": (4, 5.0)}  # batch size, seconds of an item
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+STEPS = 3  # after the first
+LOAD_TRACKS, LOAD_TRACK_SECONDS, LOAD_BATCH, LOAD_ROUNDS = 6, 20.0, 4, 5
 
 SONG_COLUMNS = {  # key: heading, width, format
     "device": ("device", 6, ""),
@@ -71,6 +84,29 @@ STREAM_COLUMNS = {
     "latency_ms": ("latency ms", 10, ".2f"),
     "state_mb": ("state MB", 8, ".2f"),
 }
+LOAD_COLUMNS = {
+    "loader": ("loader", 14, ""),
+    "workers": ("workers", 7, "d"),
+    "items_per_s": ("items/s", 8, ".1f"),
+    "per_core": ("per core", 8, ".1f"),
+    "speed": ("speed x", 8, ".2f"),
+}
+STEP_COLUMNS = {
+    "device": ("device", 6, ""),
+    "model": ("model", 10, ""),
+    "step": ("step", 8, ""),
+    "memory": ("memory", 6, ""),
+    "precision": ("precision", 9, ""),
+    "step_s": ("step s", 8, ".3f"),
+    "speed": ("speed x", 8, ".2f"),
+    "floor_s": ("floor s", 8, ".3f"),
+    "floor_share": ("floor %", 8, ".1f"),
+    "extra_mb": ("extra MB", 9, ".0f"),
+    "memory_share": ("memory x", 8, ".3f"),
+    "song_mb": ("song MB", 9, ".0f"),
+    "compile_s": ("compile s", 9, ".0f"),
+    "error": ("error", 8, ".1e"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,10 +129,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_separate(commands)
+    add_train(commands)
+    add_load(commands)
     args = parser.parse_args(arguments)
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json: cannot write {args.json}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
         parser.error("--device: there is no GPU here")
     return args
 
@@ -112,6 +150,33 @@ def add_separate(commands) -> None:
         default=240.0,
         help="of one more song in s, without the textbook; 0 for none [%(default)g]",
     )
+    add_common(parser)
+
+
+def add_train(commands) -> None:
+    parser = commands.add_parser("train", help="a training step in every setting, and the textbook")
+    parser.set_defaults(run=benchmark_train)
+    add = parser.add_argument
+    add("--seconds", type=seconds, help="of an item [1 on a CPU, 5 on a GPU]")
+    add("--batch", type=count, help="items [1 on a CPU, 4 on a GPU]")
+    add("--models", choices=MODELS, nargs="+", default=list(MODELS), help="[both]")
+    add("--memory", choices=MEMORY, nargs="+", default=list(MEMORY), help="[all]")
+    add("--compile", choices=["no", "yes", "both"], default="both", help="[%(default)s]")
+    add("--song", type=seconds, default=420.0, help="validated after steps on a GPU [%(default)g]")
+    add_common(parser)
+
+
+def add_load(commands) -> None:
+    parser = commands.add_parser("load", help="training items, and the textbook's")
+    parser.set_defaults(run=benchmark_load)
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="of an item [%(default)g]")
+    parser.add_argument("--items", type=count, default=200, help="per worker [%(default)s]")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="[%(default)s]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all of it")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--repeats", type=count, default=3, help="the median is shown [%(default)s]")
     add("--device", choices=["cpu", "cuda", "all"], default="all", help="[%(default)s]")
     add("--json", type=Path, metavar="FILE", help="where to write all of it")
@@ -175,11 +240,9 @@ def benchmark_separate(args: argparse.Namespace) -> None:
     # All methods, and the matrix products they are held against, in one arithmetic: a GPU would
     # otherwise take the convolutions, but not the products, in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    machine = describe_machine(args.device)
-    print(" | ".join(f"{key} {value}" for key, value in machine.items() if value), flush=True)
+    machine = show_machine(args.device)
     sizes = {name: getattr(args, name) for name in SIZES}
-    devices = ["cpu", "cuda"] if args.device == "all" else [args.device]
-    devices = [name for name in devices if name == "cpu" or torch.cuda.is_available()]
+    devices = choose_devices(args.device)
     lengths = list(dict.fromkeys(args.lengths))
     with tempfile.TemporaryDirectory() as folder:
         cases = [
@@ -198,6 +261,11 @@ def benchmark_separate(args: argparse.Namespace) -> None:
         streams = print_table(STREAM_COLUMNS, stream_rows(streamed, args.repeats))
     if args.json:
         write_json(args.json, {"machine": machine, "separate": songs, "stream": streams})
+
+
+def choose_devices(wanted: str) -> list[str]:
+    devices = ["cpu", "cuda"] if wanted == "all" else [wanted]
+    return [name for name in devices if name == "cpu" or torch.cuda.is_available()]
 
 
 def longer_lengths(lengths: list[float], longest: float) -> list[float]:
@@ -252,12 +320,16 @@ def measure(function: Callable[..., dict], case: Case, *args) -> dict:
     """On a CPU in a process of its own: a process's peak memory never falls."""
     if case.device != "cpu":
         return function(case, *args)
+    return measure_apart(function, case, *args)
+
+
+def measure_apart(function: Callable[..., dict], *args) -> dict:
     # The server forks itself anew for every process, small and with torch already imported. Any
     # other child would inherit the peak of this process or take seconds to start.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "huggingface_hub.hub_mixin"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, case, *args).result()
+        return pool.submit(function, *args).result()
 
 
 @torch.no_grad()
@@ -341,11 +413,11 @@ def count_gflop(model: ConvTasNetStereo, samples: int) -> float:
     return 2e-9 * per_frame * frames
 
 
-def matrix_rate(case: Case) -> float:
+def matrix_rate(case: Case, dtype: torch.dtype = torch.float32) -> float:
     """GFLOP/s of the two products that are nearly all of the model's work, by themselves."""
     B, H, tile = case.sizes["B"], case.sizes["H"], tile_size(torch.device(case.device))
-    narrow, wide = (torch.randn(tile, size, device=case.device) for size in (B, H))
-    up, down = (torch.randn(shape, device=case.device) for shape in ((H, B), (B, H)))
+    shapes = (tile, B), (tile, H), (H, B), (B, H)
+    narrow, wide, up, down = (torch.randn(s, device=case.device, dtype=dtype) for s in shapes)
 
     def multiply() -> None:
         for _ in range(BURST):  # so that starting and waiting for a GPU does not show
@@ -381,7 +453,268 @@ def peak_memory(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+# Training steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a training step is taken."""
+
+    name: str  # textbook, plain or compiled
+    memory: str | None = None
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Training(Case):
+    """A model and a batch; `seconds` is the length of an item."""
+
+    batch: int
+    song: float
+
+    def load_batch(self) -> tuple[ConvTasNetStereo, Tensor, Tensor]:
+        """The model, a mixture (M, audio_channels, T) and targets (M, C, audio_channels, T)."""
+        model, _ = self.load()
+        time = round(self.seconds * RATE)
+        targets = 0.1 * torch.randn(self.batch, model.C, model.audio_channels, time)
+        targets = targets.to(self.device)
+        return model.train(), targets.sum(1), targets
+
+
+def benchmark_train(args: argparse.Namespace) -> None:
+    machine = show_machine(args.device)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that compiling is really measured
+        print("\nTraining steps; speed and memory are those relative to the textbook's, which is")
+        print("float32. The floor is the products alone, at the rate measured beside the step.")
+        for device in choose_devices(args.device):
+            batch, seconds = TRAINING_SHAPES[device]
+            cases = [
+                Training(
+                    device,
+                    model,
+                    args.seconds or seconds,
+                    sizes,
+                    Path(folder),
+                    args.batch or batch,
+                    args.song,
+                )
+                for model in args.models
+            ]
+            print(f"{cases[0].batch} x {cases[0].seconds:g} s on {device}")
+            rows += print_table(STEP_COLUMNS, step_rows(cases, choose_steps(device, args), args))
+    if args.json:
+        write_json(args.json, {"machine": machine, "train": rows})
+
+
+def choose_steps(device: str, args: argparse.Namespace) -> list[Step]:
+    names = {"no": ["plain"], "yes": ["compiled"], "both": ["plain", "compiled"]}[args.compile]
+    if "compiled" in names and (fault := find_compiler_fault(torch.device(device))):
+        names.remove("compiled")
+        print(f"without torch.compile: {fault}")
+    precisions = ["float32"] if device == "cpu" else list(PRECISIONS)
+    steps = [Step(name, memory, p) for p in precisions for name in names for memory in args.memory]
+    return [Step("textbook"), *steps]
+
+
+def step_rows(cases: list[Training], steps: list[Step], args: argparse.Namespace) -> Iterator[dict]:
+    """A row per step: the medians over rounds in which the steps take turns."""
+    for case in cases:
+        rounds = []
+        for _ in range(args.repeats):
+            rows = [measure_apart(measure_step, case, step) for step in steps]
+            for row in rows:
+                row["speed"] = rows[0]["step_s"] / row["step_s"]
+                row["memory_share"] = row["extra_mb"] / rows[0]["extra_mb"]
+            rounds.append(rows)
+        for first, *others in zip(*rounds, strict=True):
+            # Compiled once, and then found in the compiler's cache.
+            yield median_row([first, *others]) | {"compile_s": first["compile_s"]}
+
+
+def measure_step(case: Training, step: Step) -> dict:
+    multiply_as_convolutions_do()
+    model, mixture, targets = case.load_batch()
+    take = choose_step(case, model, step)
+    rate_before = matrix_rate(case, PRECISIONS[step.precision])
+    memory_before = start_memory(case.device)
+    loss, first_s = stopwatch(case.device, lambda: take(mixture, targets))
+    error = gradient_error(case, model, step)
+    times = [stopwatch(case.device, lambda: take(mixture, targets))[1] for _ in range(STEPS)]
+    step_s = statistics.median(times)
+    extra = peak_reserved(case.device) - memory_before
+    rate = (rate_before + matrix_rate(case, PRECISIONS[step.precision])) / 2
+    # Forward, and backward to the inputs and to the weights.
+    floor_s = 3 * case.batch * count_gflop(model, mixture.shape[-1]) / rate
+    return {
+        "device": case.device,
+        "model": case.model,
+        "step": step.name,
+        "memory": step.memory,
+        "precision": step.precision,
+        "loss": loss.item(),
+        "step_s": step_s,
+        "floor_s": floor_s,
+        "floor_share": 100 * floor_s / step_s,
+        "extra_mb": extra / 1e6,
+        "song_mb": measure_validation(case, model, step) if case.device == "cuda" else None,
+        "compile_s": first_s - step_s if step.name == "compiled" else None,
+        "error": error,
+    }
+
+
+def choose_step(case: Training, model: ConvTasNetStereo, step: Step) -> Callable:
+    """A function from mixture and targets to the loss, which trains the model."""
+    is_textbook, state = step.name == "textbook", dict(model.named_parameters())
+    separate_batch = (
+        partial(textbook.separate, state, case.conf)
+        if is_textbook
+        else TrainingForward(model, step.memory, step.name == "compiled")
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-9, fused=not is_textbook)
+
+    def take(mixture: Tensor, targets: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with autocast(case, step):
+            loss = F.l1_loss(separate_batch(mixture), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        return loss.detach()
+
+    return take
+
+
+def autocast(case: Training, step: Step) -> torch.autocast:
+    dtype = PRECISIONS[step.precision]
+    return torch.autocast(case.device, dtype, enabled=dtype != torch.float32)
+
+
+def gradient_error(case: Training, model: ConvTasNetStereo, step: Step) -> float | None:
+    """Of all gradients as one vector, after the first step, relative to the textbook's."""
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).cpu()
+    if step.name == "textbook":
+        torch.save(gradients, case.reference)
+        return None
+    expected = torch.load(case.reference)
+    return float((gradients - expected).norm() / expected.norm())
+
+
+def measure_validation(case: Training, model: ConvTasNetStereo, step: Step) -> float | None:
+    """MB reserved at the worst moment of training and the validation of a song thereafter."""
+    if step.name == "textbook":
+        return None
+    torch.cuda.empty_cache()  # as training does
+    song = 0.1 * torch.randn(model.audio_channels, round(case.song * RATE), device=case.device)
+    with autocast(case, step):
+        separate(model.eval(), song, "full")
+    return peak_reserved(case.device) / 1e6
+
+
+def peak_reserved(device: str) -> int:
+    return torch.cuda.max_memory_reserved() if device == "cuda" else peak_memory(device)
+
+
+# Training items
+
+
+class TextbookItems:
+    """What one writes first: float64 from soundfile, then tensor operations."""
+
+    def __init__(self, tracks: list, length: int):
+        self.tracks, self.length = tracks, length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator().manual_seed(index)
+        draws = torch.rand(4, 4, generator=random, dtype=torch.float64).tolist()
+        sources = ("vocals", "bass", "drums", "other")
+        stems = torch.stack([self.draw(*pair) for pair in zip(sources, draws, strict=True)])
+        targets = torch.stack([stems[0], stems[1:].sum(0)])
+        return targets.sum(0), targets
+
+    def draw(self, source: str, draws: list[float]) -> Tensor:
+        import soundfile
+
+        track = self.tracks[int(draws[0] * len(self.tracks))]
+        start = int(draws[1] * (track.length - self.length))
+        audio, _ = soundfile.read(
+            track.path(source), start=start, stop=start + self.length, always_2d=True
+        )
+        audio = (0.25 + draws[2]) * torch.tensor(audio, dtype=torch.float32).T
+        return audio.flip(0) if draws[3] < 0.5 else audio
+
+
+def benchmark_load(args: argparse.Namespace) -> None:
+    machine = show_machine("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(Path(folder), max(LOAD_TRACK_SECONDS, args.seconds))
+        print(f"\nItems of {args.seconds:g} s; speed is relative to the textbook's.")
+        rows = print_table(LOAD_COLUMNS, load_rows(Path(folder), args))
+    if args.json:
+        write_json(args.json, {"machine": machine, "load": rows})
+
+
+def write_noise(root: Path, seconds: float) -> None:
+    import soundfile
+
+    time = round(seconds * RATE)
+    for track in range(LOAD_TRACKS):
+        folder = root / "train" / f"{track}"
+        folder.mkdir(parents=True)
+        for source in ("vocals", "bass", "drums", "other"):
+            noise = torch.randint(-8000, 8000, (time, 2), dtype=torch.int16).numpy()
+            soundfile.write(folder / f"{source}.wav", noise, RATE, "PCM_16")
+
+
+def load_rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
+    from local.musdb18_dataset import EpochSampler, SegmentDataset, find_tracks, keep_batch
+
+    tracks, length = find_tracks(root, "train", RATE), round(args.seconds * RATE)
+    dataset = SegmentDataset(tracks, length, -(-args.items * args.workers // len(tracks)))
+    textbook_items, sampler = TextbookItems(tracks, length), EpochSampler(len(dataset))
+    torch.set_num_threads(1)  # as in a worker
+    one_core = {
+        "textbook": lambda: map(textbook_items.__getitem__, range(args.items)),
+        "SegmentDataset": lambda: (dataset[0, index] for index in range(args.items)),
+    }
+    yield from compare_loaders(one_core, args.items, workers=0)
+
+    options = dict(batch_size=LOAD_BATCH, num_workers=args.workers, persistent_workers=True)
+    loaders = {
+        "textbook": DataLoader(textbook_items, sampler=range(len(dataset)), **options),
+        "SegmentDataset": DataLoader(dataset, sampler=sampler, collate_fn=keep_batch, **options),
+    }
+    items = LOAD_BATCH * len(loaders["textbook"])
+    starts = {name: loader.__iter__ for name, loader in loaders.items()}
+    yield from compare_loaders(starts, items, args.workers)
+
+
+def compare_loaders(starts: dict[str, Callable], items: int, workers: int) -> Iterator[dict]:
+    """A row per loader: the medians over rounds in which they take turns, after one to warm up."""
+    times = {name: [] for name in starts}
+    for _ in range(LOAD_ROUNDS + 1):
+        for name, start in starts.items():
+            times[name].append(stopwatch("cpu", lambda start=start: sum(1 for _ in start()))[1])
+    seconds = {name: statistics.median(found[1:]) for name, found in times.items()}
+    for name, taken in seconds.items():
+        yield {
+            "loader": name,
+            "workers": workers,
+            "items_per_s": items / taken,
+            "per_core": items / taken / max(workers, 1),
+            "speed": seconds["textbook"] / taken,
+        }
+
+
 # What is reported
+
+
+def show_machine(device: str) -> dict:
+    machine = describe_machine(device)
+    print(" | ".join(f"{key} {value}" for key, value in machine.items() if value), flush=True)
+    return machine
 
 
 def describe_machine(device: str) -> dict:

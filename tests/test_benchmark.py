@@ -1,4 +1,6 @@
+import argparse
 import json
+from pathlib import Path
 
 import benchmark
 import pytest
@@ -7,17 +9,21 @@ from conftest import ROOT, run_command, run_python
 TINY = ["--N", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"]
 
 
+def run(folder: Path, command: str, *flags: str) -> tuple[dict, str]:
+    """What is written to --json, and what is printed."""
+    result = run_command("tests/benchmark.py", command, *flags, "--json", "costs.json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in folder.iterdir()] == ["costs.json"]
+    return json.loads((folder / "costs.json").read_text()), result.stdout
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("benchmark")
+    folder = tmp_path_factory.mktemp("separate")
     flags = ["--lengths", "0.2", "0.3", "--longest", "0.5", "--repeats", "1", "--device", "cpu"]
-    result = run_command(
-        "tests/benchmark.py", "separate", *TINY, *flags, "--json", "costs.json", cwd=folder
-    )
-    assert result.returncode == 0, result.stderr
-    assert "matrix %" in result.stdout
-    assert [path.name for path in folder.iterdir()] == ["costs.json"]
-    return json.loads((folder / "costs.json").read_text())
+    costs, printed = run(folder, "separate", *TINY, *flags)
+    assert "matrix %" in printed
+    return costs
 
 
 def test_every_method_of_both_models_has_a_row_at_every_length(measured):
@@ -58,6 +64,39 @@ def test_streams_agree_with_the_textbook(measured):
         assert 0 < row["median_ms"] <= row["p99_ms"]
         assert row["latency_ms"] == pytest.approx(19 / 44.1)
         assert row["state_mb"] > 0
+
+
+def test_training_steps_agree_with_the_textbook(tmp_path):
+    flags = ["--seconds", "0.2", "--batch", "2", "--repeats", "1", "--device", "cpu"]
+    costs, printed = run(tmp_path, "train", *TINY, *flags, "--compile", "no")
+    assert "2 x 0.2 s on cpu" in printed
+    settings = [("textbook", None)] + [("plain", memory) for memory in ("none", "some", "most")]
+    shown = [(row["model"], row["step"], row["memory"]) for row in costs["train"]]
+    assert shown == [(model, *pair) for model in ("causal", "non-causal") for pair in settings]
+    losses = {row["model"]: row["loss"] for row in costs["train"] if row["step"] == "textbook"}
+    for row in costs["train"]:
+        assert min(row[key] for key in ("step_s", "floor_s", "extra_mb", "speed")) > 0
+        assert row["loss"] == pytest.approx(losses[row["model"]], rel=1e-6)
+        if row["step"] == "plain":
+            assert row["error"] < 1e-5
+
+
+def test_without_a_compiler_the_other_steps_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "find_compiler_fault", lambda device: "no g++")
+    args = argparse.Namespace(compile="both", memory=["some"])
+    steps = benchmark.choose_steps("cpu", args)
+    assert [step.name for step in steps] == ["textbook", "plain"]
+    assert capsys.readouterr().out == "without torch.compile: no g++\n"
+
+
+def test_items_are_loaded_by_both_loaders(tmp_path):
+    costs, _ = run(tmp_path, "load", "--seconds", "0.5", "--items", "12", "--workers", "2")
+    shown = [(row["loader"], row["workers"]) for row in costs["load"]]
+    names = ("textbook", "SegmentDataset")
+    assert shown == [(name, workers) for workers in (0, 2) for name in names]
+    for row in costs["load"]:
+        assert row["items_per_s"] == pytest.approx(row["per_core"] * max(row["workers"], 1))
+        assert row["loader"] != "textbook" or row["speed"] == 1
 
 
 def test_work_is_counted_for_every_multiplication():

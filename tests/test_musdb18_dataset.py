@@ -26,6 +26,7 @@ from local.musdb18_dataset import (
     Track,
     TrackDataset,
     find_tracks,
+    keep_batch,
     split_validation,
 )
 
@@ -489,6 +490,38 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(tracks, seed, epoch, inde
     assert not torch.equal(one[epoch, index][1], other[epoch, index][1])
 
 
+def load_batches(dataset, workers: int, collate_fn=keep_batch) -> list:
+    """Its items 0 to 9 of epoch 2, in batches of 4, 4 and 2."""
+    positions = [(2, index) for index in range(10)]
+    return list(
+        DataLoader(dataset, 4, sampler=positions, num_workers=workers, collate_fn=collate_fn)
+    )
+
+
+@pytest.mark.parametrize("mix_background", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_stacked_items_bit_for_bit(tracks, workers, mix_background):
+    dataset = SegmentDataset(tracks, LENGTH, 8, mix_background, seed=7)
+    batches = load_batches(dataset, workers)
+    assert [len(mixtures) for mixtures, _ in batches] == [4, 4, 2]
+    items = [dataset[2, index] for index in range(10)]
+    for parts, expected in zip(zip(*batches, strict=True), zip(*items, strict=True), strict=True):
+        assert all(part.dtype == torch.float32 and part.is_contiguous() for part in parts)
+        assert torch.equal(
+            torch.cat(parts).view(torch.int32), torch.stack(expected).view(torch.int32)
+        )
+
+
+def are_shared(batch) -> list[bool]:
+    return [tensor.is_shared() for tensor in batch]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_in_shared_memory_by_workers_only(segments, workers):
+    """Asked before a batch leaves the worker, which moves it to shared memory at the latest."""
+    assert load_batches(segments, workers, are_shared) == [[workers > 0] * 2] * 3
+
+
 def loaded_epochs(dataset, workers: int, context=None) -> list[torch.Tensor]:
     sampler = EpochSampler(len(dataset), seed=5)
     loader = DataLoader(
@@ -496,6 +529,7 @@ def loaded_epochs(dataset, workers: int, context=None) -> list[torch.Tensor]:
         batch_size=5,
         sampler=sampler,
         drop_last=True,
+        collate_fn=keep_batch,
         num_workers=workers,
         persistent_workers=workers > 0,
         multiprocessing_context=context,
@@ -525,7 +559,9 @@ def test_a_fault_in_a_worker_names_the_file(own_corpus):
     tracks = find_tracks(own_corpus, "train", RATE)
     dataset = SegmentDataset(tracks, LENGTH, samples_per_track=2)
     shutil.rmtree(own_corpus)
-    loader = DataLoader(dataset, sampler=EpochSampler(len(dataset)), num_workers=1)
+    loader = DataLoader(
+        dataset, sampler=EpochSampler(len(dataset)), collate_fn=keep_batch, num_workers=1
+    )
     with pytest.raises(DatasetError, match="cannot be read"):
         list(loader)
 

@@ -37,6 +37,8 @@ def commands() -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
+TINY_BENCHMARK = "--repeats 1 --X 1 --R 1 --N 8".split()
+
 # What is added to a command so that it ends within seconds.
 SMALLER = {
     "./run.sh": ["--epochs", "1", "--samples_per_track", "1"],
@@ -46,7 +48,9 @@ SMALLER = {
     "python train.py": TINY_RUN,
     "python eval.py": [],
     "python -m local.separate": [],
-    "python tests/benchmark.py": "--lengths 0.1 --longest 0 --repeats 1 --X 1 --R 1 --N 8".split(),
+    "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
+    "python tests/benchmark.py train": ["--seconds", "0.1", "--compile", "no", *TINY_BENCHMARK],
+    "python tests/benchmark.py load": ["--seconds", "0.5", "--items", "8"],
     "ffmpeg": [],
     "python -m local.stems": [],
     "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
