@@ -1,6 +1,9 @@
 """Train a stereo ConvTasNet on MUSDB18: python train.py --exp_dir EXP --root MUSDB18 ..."""
 
 import logging
+import os
+import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -8,8 +11,10 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import EarlyStopping, TQDMProgressBar
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -32,9 +37,13 @@ from local.musdb18_dataset import (
     SegmentDataset,
     TrackDataset,
     find_tracks,
+    keep_batch,
     split_validation,
 )
+from local.progress import Forecast, ProgressBar
 from local.system import BestCheckpoints, MusicSystem
+
+MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # how machines find one another
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,15 +73,72 @@ def train(conf: dict) -> None:
         start_experiment(conf)
         print(describe_run(conf, model, train_set, valid_set, trainer), flush=True)
     system = make_system(conf, model, train_set, valid_set)
-    try:
-        trainer.fit(system)
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        if trainer.is_global_zero:
-            epoch = trainer.current_epoch
-            print(f"\ninterrupted in epoch {epoch}; {describe_best(trainer)}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    fit(trainer, system)
     if trainer.is_global_zero:
         print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
+
+
+def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
+    """Trains, and says how it ended if that was not at the end.
+
+    Raises:
+        UserError: memory ran out, or another process of the run ended.
+        SystemExit: interrupted.
+    """
+    try:
+        trainer.fit(system)
+    except BaseException as error:
+        # How Lightning ends after Ctrl-C, and what torch.save makes of one that comes within it.
+        if isinstance(error, SystemExit) or isinstance(error.__context__, KeyboardInterrupt):
+            if trainer.is_global_zero:
+                epoch = trainer.current_epoch
+                print(f"\ninterrupted in epoch {epoch}; {describe_best(trainer)}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        if is_out_of_memory(error):
+            raise UserError(advise_on_memory(system)) from None
+        if is_lost_connection(error):
+            raise UserError("another process of this run ended; its error says why") from None
+        raise
+
+
+class EndOthers(pl.Callback):
+    """Ends the processes that Lightning started beside this one as soon as this one fails."""
+
+    def on_exception(self, trainer, pl_module, exception):
+        processes = getattr(trainer.strategy.launcher, "procs", [])
+        for process in processes:
+            process.kill()
+        processes.clear()  # or else Lightning's watch over them kills this process, too
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine had no memory left, in the words of torch or cuBLAS."""
+    words = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
+    told = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(told)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a rank found another one gone, in the words of gloo or NCCL."""
+    words = (
+        "[Cc]onnection (closed|reset|was likely closed)|[Bb]roken pipe"
+        "|remote process exited|communicator was aborted"
+    )
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
+def advise_on_memory(system: MusicSystem) -> str:
+    """The flags by which a run that was out of memory may fit."""
+    if not system.training:
+        return "out of memory in validation; leave the longest tracks out, with --valid_tracks"
+    training, segment = system.config["training"], system.config["data"]["segment"]
+    batch, aggregate = training["batch_size"], training["aggregate"]
+    flags = ["--memory most", "--precision bf16-mixed", f"--segment below {segment}"]
+    if batch > 1:
+        less = batch // 2 if batch % 2 == 0 else 1
+        more = batch * aggregate // less  # as many items to an optimizer step
+        flags.append(f"--batch_size {less} --aggregate {more} (now {batch} and {aggregate})")
+    return f"out of memory in training; these need less: {', '.join(flags)}"
 
 
 def make_datasets(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
@@ -101,7 +167,7 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
         valid_tracks: to validate on, over all devices.
     """
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
-    callbacks = [BestCheckpoints(exp_dir), TQDMProgressBar()]
+    callbacks = [EndOthers(), BestCheckpoints(exp_dir), ProgressBar(), Forecast()]
     if training["early_stop"]:
         callbacks.append(EarlyStopping("val_loss", mode="min", patience=20))
     try:
@@ -115,16 +181,20 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
             gradient_clip_val=5.0,
             callbacks=callbacks,
             logger=[
-                TensorBoardLogger(exp_dir, name="tensorboard", version=""),
+                # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits
+                # for it at the end with it: it wakes when it is time to flush.
+                TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1),
                 CSVLogger(exp_dir, name="logs", version=""),
             ],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the samplers share the items out themselves
             enable_model_summary=False,
         )
+        check_launcher(trainer)
     except (MisconfigurationException, TypeError, ValueError) as error:
         flags = ", ".join(f"--{k} {training[k]}" for k in ("devices", "accelerator", "num_nodes"))
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
+    set_up_ranks(trainer)
     ranks, faults = trainer.world_size, []
     batches = items // ranks // training["batch_size"]
     if batches == 0:
@@ -143,25 +213,53 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
     return trainer
 
 
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Looks, before anything waits for it, whether all processes of the run will be there.
+
+    Raises:
+        ValueError: no, or others than the flags ask for.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    missing = ", ".join(name for name in MULTI_NODE if name not in os.environ)
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and missing:
+        raise ValueError(
+            "to train on several machines, start train.py on each with torchrun or srun, or with"
+            f" {', '.join(MULTI_NODE)} in the environment; there is no {missing}"
+        )
+    if isinstance(trainer.strategy, DDPStrategy) or torch.distributed.is_torchelastic_launched():
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+
+
+def set_up_ranks(trainer: pl.Trainer) -> None:
+    """Makes processes share gradients at optimizer steps, and wait for each other nowhere else."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs.update(gradient_as_bucket_view=True)
+    # Lightning would ask all ranks at every step whether one has heard SIGTERM, and wait for the
+    # answer. A rank that hears it here ends as with Ctrl-C, and so end the others.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector._sigterm_notifier_fn = signal.default_int_handler
+
+
 def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDataset):
     """The System: model, L1 loss, Adam, its scheduler, and the loaders."""
     training = conf["training"]
     workers = dict(
         num_workers=training["num_workers"],
         persistent_workers=training["num_workers"] > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and training["accelerator"] != "cpu",
     )
     train_loader = DataLoader(
         train_set,
         batch_size=training["batch_size"],
         sampler=EpochSampler(len(train_set), training["seed"]),
+        collate_fn=keep_batch,
         drop_last=True,
         **workers,
     )
     valid_loader = DataLoader(
         valid_set, batch_size=1, sampler=RankSampler(len(valid_set)), **workers
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"], fused=True)
     scheduler = None
     if training["half_lr"]:
         scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
@@ -213,7 +311,8 @@ def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -
         f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
         "end": f"after {plural(training['epochs'], 'epoch')}{early}",
         "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
-        "devices": f"{_devices(trainer)}, precision {training['precision']}",
+        "devices": f"{_devices(trainer)}, precision {training['precision']},"
+        f" memory {training['memory']}, compile {training['compile']}",
         "output": conf["main_args"]["exp_dir"],
     }
     return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
@@ -255,7 +354,8 @@ def describe_best(trainer: pl.Trainer) -> str:
 
 def quieten_lightning() -> None:
     """Keeps Lightning's advertisements, advice and own deprecations off the screen."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers", ".*isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
 

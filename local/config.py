@@ -162,6 +162,7 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     parser.add_argument("--exp_dir", default=exp_dir)
     parser.add_argument("--n_src", dest="C", type=int, default=argparse.SUPPRESS, metavar="C")
     parser_utils.prepare_parser_from_dict(conf, parser=parser)
+    _keep_text(parser)
     _describe_flags(parser, conf_file)
     parsed = parser_utils.parse_args_as_dict(parser, args=argv)
     # asteroid's result also holds leftovers of argparse: help and an empty positional group.
@@ -297,6 +298,14 @@ def _wrong_type(name: str, value, kind: type) -> str:
     if kind is float and isinstance(value, str) and re.fullmatch(r"\d+e-?\d+", value):
         fault += f"; YAML reads it as a number when written {value.replace('e', '.0e')}"
     return fault
+
+
+def _keep_text(parser: argparse.ArgumentParser) -> None:
+    """asteroid judges a flag by its default, and takes "yes" or "1" for a yes-or-no flag."""
+    texts = {key for keys in SCHEMA.values() for key, kind in keys.items() if kind is str}
+    for action in parser._actions:
+        if action.dest in texts:
+            action.type = str
 
 
 def _describe_flags(parser: argparse.ArgumentParser, conf_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The layers of ConvTasNetStereo over frames as rows, fed tile by tile; for inference alone.
+"""The layers of ConvTasNetStereo over frames as rows; the blocks, fed tile by tile, only infer.
 
 With channels last a 1x1 convolution is one matrix product, and the passes between two of them run
 over a tile that is still in the cache. What a layer has to remember from one tile to the next is

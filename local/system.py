@@ -1,6 +1,7 @@
 """asteroid's System for this recipe: the loss, what is logged, what is kept."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from local.checkpoint import atomic_path, save_best_model
-from local.config import import_asteroid
+from local.config import UserError, import_asteroid
 from local.inference import separate
+from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
+from local.training import TrainingForward, find_compiler_fault, multiply_as_convolutions_do
 
 System = import_asteroid("asteroid.engine.system").System
 
@@ -17,29 +20,80 @@ System = import_asteroid("asteroid.engine.system").System
 class MusicSystem(System):
     """Trains on segments, validates on whole tracks.
 
-    Logs loss at every step, and at every epoch train_loss (its mean), val_loss, lr and
-    items_per_second over all devices.
+    Logs loss at the log interval, and at every epoch train_loss (its mean), val_loss, lr,
+    items_per_second over all devices, peak_memory_gib of the process that took most, and
+    skipped_steps, those whose gradients were not finite. No training step waits for the device.
+    The optimizer must be a fused one: it alone can skip a step by what it finds on the device.
     """
 
+    def on_fit_start(self):
+        training = self.config["training"]
+        compiled = training["compile"] == "yes"
+        if self.device.type == "cuda":
+            compiled = training["compile"] != "no"
+            multiply_as_convolutions_do()
+        if compiled and (fault := find_compiler_fault(self.device)):
+            self.print(f"compile    torch.compile does not work here, going on without it: {fault}")
+            compiled = False
+        self._separate_segments = TrainingForward(self.model, training["memory"], compiled)
+
     def common_step(self, batch, batch_nb, train=True):
-        """The loss of a batch of (mixture, targets): (M, 2, T), (M, C, 2, T); whole tracks go
-        through the model in tiles, to the same numbers.
+        """The loss of a batch of (mixture, targets): (M, 2, T), (M, C, 2, T).
+
+        Segments and whole tracks each go through the model in the way that suits them best; both
+        give its numbers.
         """
-        if train:
-            return super().common_step(batch, batch_nb, train)
         mixtures, targets = batch
-        estimates = torch.stack([separate(self.model, mixture, "full") for mixture in mixtures])
+        if train:
+            estimates = self._separate_segments(mixtures)
+        else:
+            estimates = torch.stack([separate(self.model, mixture, "full") for mixture in mixtures])
         return self.loss_func(estimates, targets)
 
     def training_step(self, batch, batch_nb):
         """Logs the loss of a batch and returns it."""
         loss = self.common_step(batch, batch_nb, train=True)
-        self.log("loss", loss, prog_bar=True)
+        # Not with prog_bar: Lightning would read it at every step.
+        self.log("loss", loss)
         self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
+        """Clips the norm of the gradients; where it is not finite, the step will be skipped."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # Lightning leaves this to the fused step, too late for the norm
+            scaler.unscale_(optimizer)
+        limit = gradient_clip_val or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        optimizer.found_inf = (~norm.isfinite()).float()  # read by the fused kernel, on the device
+        self._skipped += optimizer.found_inf
+
+    def on_load_checkpoint(self, checkpoint):
+        """Checkpoints of earlier versions hold the settings of an optimizer that is not fused."""
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group.update(fused=True, foreach=None)
+
+    def on_train_epoch_start(self):
+        self._epoch_start = time.perf_counter()
+        self._items = 0
+        self._steps_before = self.trainer.global_step
+        self._skipped = torch.zeros((), device=self.device)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self._items += len(batch[0]) * self.trainer.world_size
+        max_steps = self.config["training"]["max_steps"]
+        if 0 < max_steps <= self.trainer.global_step:
+            # Lightning's own max_steps would end the run without a validation, so without a model.
+            self.trainer.should_stop = True
+        if self.trainer.is_last_batch or self.trainer.should_stop:
+            self._training_seconds = wait_and_look_at_clock(self.device) - self._epoch_start
+
     def on_validation_epoch_start(self):
         self._val_sum = torch.zeros(2, device=self.device)  # of the losses, and how many
+        self._release_cached_memory()
 
     def validation_step(self, batch, batch_nb):
         """Adds the loss of a whole track."""
@@ -48,6 +102,7 @@ class MusicSystem(System):
 
     def on_validation_epoch_end(self):
         """Logs val_loss, the mean over the tracks of all ranks; ranks may have unequal shares."""
+        self._release_cached_memory()
         total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
         val_loss = total / count
         self.log("val_loss", val_loss, prog_bar=True, sync_dist=True, batch_size=1)
@@ -55,22 +110,36 @@ class MusicSystem(System):
             metrics = {"hp_metric": val_loss.item()}
             self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step)
 
-    def on_train_epoch_start(self):
-        self._epoch_start = self._last_step = time.perf_counter()
-        self._items = 0
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self._items += len(batch[0]) * self.trainer.world_size
-        self._last_step = time.perf_counter()
-        max_steps = self.config["training"]["max_steps"]
-        if 0 < max_steps <= self.trainer.global_step:
-            # Lightning's own max_steps would end the run without a validation, so without a model.
-            self.trainer.should_stop = True
+    def _release_cached_memory(self):
+        """Training and validation need blocks of other sizes: one does not keep the other's."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def on_train_epoch_end(self):
-        seconds = self._last_step - self._epoch_start
-        self.log("items_per_second", self._items / seconds, rank_zero_only=True)
-        self.log("lr", self.optimizer.param_groups[0]["lr"], rank_zero_only=True)
+        """Logs what the epoch took and prints its line."""
+        self._refuse_to_stand_still()
+        # Gathered from all ranks; before anything else is, since the bar of rank 0 has done so.
+        losses = {name: self.trainer.callback_metrics[name] for name in ("train_loss", "val_loss")}
+        metrics = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "items_per_second": self._items / self._training_seconds,
+            "peak_memory_gib": gather_peak_memory(self.trainer) / 2**30,
+            "skipped_steps": self._skipped.item(),
+        }
+        for name, value in metrics.items():
+            self.log(name, value, sync_dist=True)
+        seconds = time.perf_counter() - self._epoch_start
+        self.print(describe_epoch(self.trainer.current_epoch, losses | metrics, seconds))
+
+    def _refuse_to_stand_still(self):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        steps = self.trainer.global_step - self._steps_before
+        # A scaler first looks for its scale, and skips steps until it has it.
+        if scaler is None and 0 < steps == self._skipped.item():
+            raise UserError(
+                f"no step of epoch {self.trainer.current_epoch} had finite gradients;"
+                " try a lower --lr, or --precision 32-true"
+            )
 
 
 class BestCheckpoints(ModelCheckpoint):

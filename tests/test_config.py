@@ -114,6 +114,21 @@ def test_text_stays_text_and_whole_numbers_do_for_fractions(tmp_path):
     assert parse_conf(["--root", "007"])["data"]["root"] == "007"
 
 
+@pytest.mark.parametrize("word", ["yes", "no"])
+def test_yes_and_no_need_no_quotes_where_text_is_expected(tmp_path, word):
+    shipped = CONF_FILE.read_text("utf-8")
+    path = tmp_path / "conf.yml"
+    path.write_text(shipped.replace("compile: auto", f"compile: {word}"), encoding="utf-8")
+    assert parse_conf(["--root", "X"], path)["training"]["compile"] == word
+    assert parse_conf(["--root", "X", "--compile", "auto"], path)["training"]["compile"] == "auto"
+
+
+def test_one_device_is_not_taken_for_yes(tmp_path):
+    path = write_conf(tmp_path / "conf.yml", training__devices=1)
+    assert parse_conf(["--root", "X"], path)["training"]["devices"] == "1"
+    assert parse_conf(["--root", "X", "--devices", "2"], path)["training"]["devices"] == "2"
+
+
 def faults_of(argv, conf_file=CONF_FILE) -> str:
     with pytest.raises(UserError) as error:
         raise_together(find_faults(parse_conf(argv, conf_file)))

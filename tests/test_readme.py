@@ -46,6 +46,7 @@ SMALLER = {
     "./run.sh --root": TINY_RUN,
     "pip": ["--dry-run"],
     "python train.py": TINY_RUN,
+    "torchrun": [*TINY_RUN, *"--accelerator cpu --num_nodes 1 --devices 2".split()],
     "python eval.py": [],
     "python -m local.separate": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
@@ -99,7 +100,10 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
     words = [re.sub("^EXP", str(tmp_path / "exp"), word) for word in words]
     if "--use_gpu" in words:
         words[words.index("--use_gpu") + 1] = "0"  # there may be none
-    if "EXP" in command and kind != "python train.py":
+    if kind == "torchrun":  # on one machine
+        words[1:5] = ["--nnodes", "1", "--nproc_per_node", "2"]
+        words[words.index("HOST:29500")] = "localhost:0"
+    if "EXP" in command and "train.py" not in command:
         shutil.copytree(experiment, tmp_path / "exp")
     if kind == "python -m local.stems":
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)

@@ -1,13 +1,21 @@
 import json
+import math
+from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+import local.system
 from local.checkpoint import load_model
-from local.config import make_model, parse_conf
+from local.config import UserError, make_model, parse_conf
+from local.progress import ProgressBar
 from local.system import BestCheckpoints, MusicSystem
+from local.training import MEMORY, TrainingForward
 
 FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
 
@@ -23,7 +31,7 @@ def make_system(conf: dict, kind: type[MusicSystem] = MusicSystem) -> MusicSyste
     model = make_model(conf)
     return kind(
         model,
-        torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"]),
+        torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"], fused=True),
         torch.nn.L1Loss(),
         DataLoader(make_batches(8, 400), batch_size=2),
         DataLoader(make_batches(3, 700)),
@@ -31,18 +39,18 @@ def make_system(conf: dict, kind: type[MusicSystem] = MusicSystem) -> MusicSyste
     )
 
 
-def fit(system: MusicSystem, exp_dir, epochs=1, callbacks=()) -> pl.Trainer:
+def fit(system: MusicSystem, exp_dir, epochs=1, callbacks=(), resume=None, **options) -> pl.Trainer:
+    defaults = dict(logger=False, enable_progress_bar=False, gradient_clip_val=5.0)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=False,
         callbacks=[BestCheckpoints(exp_dir), *callbacks],
         num_sanity_val_steps=0,
-        enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=exp_dir,
+        **{**defaults, **options},
     )
-    trainer.fit(system)
+    trainer.fit(system, ckpt_path=resume, weights_only=False)
     return trainer
 
 
@@ -62,6 +70,65 @@ def test_val_loss_is_the_mean_l1_over_whole_items(tmp_path):
 
 def test_runs_without_a_logger(tmp_path):
     assert fit(make_system(parse_conf(FLAGS)), tmp_path).global_step == 4
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[str, bool]]:
+    """(memory, compiled) of every TrainingForward that a system makes; in truth none compiles."""
+    made = []
+
+    def make(model, memory, compiled):
+        made.append((memory, compiled))
+        return TrainingForward(model, memory)
+
+    monkeypatch.setattr(local.system, "TrainingForward", make)
+    return made
+
+
+class PlainSystem(MusicSystem):
+    """Trains through the model itself."""
+
+    def on_fit_start(self):
+        self._separate_segments = self.model
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_training_is_that_of_the_plain_model(tmp_path, made, memory):
+    conf = parse_conf([*FLAGS, "--memory", memory])
+    weights, passes = {}, {}
+    for kind in (PlainSystem, MusicSystem):
+        system, calls = make_system(conf, kind), []
+        system.model.register_forward_pre_hook(
+            lambda model, args, calls=calls: calls.append(model.training)
+        )
+        fit(system, tmp_path / kind.__name__)
+        weights[kind] = torch.nn.utils.parameters_to_vector(system.parameters())
+        passes[kind] = calls.count(True)
+    assert passes == {PlainSystem: 4, MusicSystem: 0}
+    assert made == [(memory, False)]
+    torch.testing.assert_close(weights[MusicSystem], weights[PlainSystem], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "compiled", "said"),
+    [("", True, 0), ("OSError: no compiler", False, 1)],
+    ids=["works", "fails"],
+)
+def test_compile_yes_goes_on_without_a_compiler_that_fails(
+    tmp_path, made, monkeypatch, capsys, fault, compiled, said
+):
+    monkeypatch.setattr(local.system, "find_compiler_fault", lambda device: fault)
+    conf = parse_conf([*FLAGS, "--compile", "yes"])
+    assert fit(make_system(conf), tmp_path, epochs=2).global_step == 8
+    assert made == [("some", compiled)]
+    assert capsys.readouterr().out.count("does not work here, going on without it: OSE") == said
+
+
+@pytest.mark.parametrize("setting", ["auto", "no"])
+def test_nothing_is_compiled_on_a_cpu_unasked(tmp_path, made, monkeypatch, setting):
+    monkeypatch.setattr(local.system, "find_compiler_fault", lambda device: pytest.fail("tried"))
+    fit(make_system(parse_conf([*FLAGS, "--compile", setting])), tmp_path)
+    assert made == [("some", False)]
 
 
 def test_max_steps_ends_with_a_validation_and_a_model(tmp_path):
@@ -107,3 +174,120 @@ def test_best_model_is_there_from_the_first_epoch_on(tmp_path):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         fit(make_system(parse_conf(FLAGS)), tmp_path, 3, callbacks=[Stop()])
     assert load_model(tmp_path / "best_model.pth").samplerate == 8000
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is read from a tensor, for which a GPU would have to be waited."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class ReadsPerBatch(pl.Callback):
+    """Keeps the count at the start of every batch, which comes after the logging of the last."""
+
+    def __init__(self, reads: Reads):
+        self.reads, self.counts = reads, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.counts.append(self.reads.count)
+
+
+def test_nothing_is_read_from_the_device_between_log_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(ProgressBar, "READ", math.inf)
+    monkeypatch.setattr(ProgressBar, "DRAW", 0.0)
+    system = make_system(parse_conf(FLAGS))
+    system.train_loader = DataLoader(make_batches(60, 400), batch_size=2)
+    with Reads() as reads:
+        per_batch = ReadsPerBatch(reads)
+        fit(
+            system,
+            tmp_path,
+            callbacks=[ProgressBar(), per_batch],
+            enable_progress_bar=True,
+            logger=CSVLogger(tmp_path),
+            log_every_n_steps=5,
+            accumulate_grad_batches=2,
+        )
+    counts = torch.tensor(per_batch.counts).diff()
+    assert counts.nonzero().flatten().tolist() == [9, 19]
+    assert counts.max() <= 4
+
+
+class SpoiledSystem(MusicSystem):
+    """The losses of the batches in `spoiled` are not finite."""
+
+    def common_step(self, batch, batch_nb, train=True):
+        loss = super().common_step(batch, batch_nb, train)
+        return loss * math.nan if train and batch_nb in self.spoiled else loss
+
+
+def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(tmp_path, capsys):
+    class Weights(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            weights = torch.nn.utils.parameters_to_vector(pl_module.parameters())
+            self.seen.append(weights.detach().clone())
+
+    system = make_system(parse_conf(FLAGS), SpoiledSystem)
+    system.spoiled = {1}
+    weights = Weights()
+    trainer = fit(system, tmp_path, callbacks=[weights])
+    first, second, third, _ = weights.seen
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert third.isfinite().all()
+    assert trainer.callback_metrics["skipped_steps"] == 1
+    assert "; 1 step skipped, the gradients were not finite" in capsys.readouterr().out
+
+
+def test_an_epoch_without_a_finite_step_ends_the_run(tmp_path):
+    system = make_system(parse_conf(FLAGS), SpoiledSystem)
+    system.spoiled = {0, 1, 2, 3}
+    with pytest.raises(UserError, match="no step of epoch 0 had finite gradients"):
+        fit(system, tmp_path)
+
+
+def test_gradients_are_clipped_at_their_true_norm_under_a_scaler(tmp_path):
+    class Norms(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.seen += [torch.nn.utils.get_total_norm(grads).item()] if grads else []
+
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 1024.0))
+    # Autocast rounds, and what is under test is the scaling.
+    scaled.autocast_context_manager = nullcontext
+    norms, weights = {}, {}
+    for name, plugins in {"plain": [], "scaled": [scaled]}.items():
+        system, seen = make_system(parse_conf(FLAGS)), Norms()
+        fit(system, tmp_path / name, callbacks=[seen], plugins=plugins, gradient_clip_val=1e-3)
+        norms[name] = seen.seen
+        weights[name] = torch.nn.utils.parameters_to_vector(system.parameters())
+    assert norms["plain"] == pytest.approx([1e-3] * 3, rel=1e-2)
+    assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-5)
+    torch.testing.assert_close(weights["scaled"], weights["plain"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_can_be_resumed(tmp_path):
+    whole = make_system(parse_conf(FLAGS))
+    fit(whole, tmp_path / "whole", epochs=2)
+    half = make_system(parse_conf(FLAGS))
+    half.configure_gradient_clipping = lambda *args, **kwargs: None
+    half.optimizer = torch.optim.Adam(half.model.parameters(), lr=0.0005)
+    fit(half, tmp_path / "half")
+    (checkpoint,) = (tmp_path / "half" / "checkpoints").iterdir()
+    rest = make_system(parse_conf(FLAGS))
+    fit(rest, tmp_path / "rest", epochs=2, resume=checkpoint)
+    assert rest.optimizer.param_groups[0]["fused"]
+    for expected, found in zip(whole.parameters(), rest.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -28,6 +29,7 @@ from conftest import (
 import train
 from local.checkpoint import load_model
 from local.config import parse_conf
+from local.system import MusicSystem
 
 
 def rows_of(experiment) -> list[dict]:
@@ -58,8 +60,10 @@ def test_a_run_writes_everything_it_promises(experiment, corpus):
 
 
 def test_losses_learning_rate_and_speed_are_logged(experiment):
-    for column in ("train_loss", "val_loss", "lr", "items_per_second"):
+    for column in ("train_loss", "val_loss", "lr", "items_per_second", "peak_memory_gib"):
         assert len(values_of(experiment, column)) == 3
+    assert values_of(experiment, "skipped_steps") == [0, 0, 0]
+    assert all(peak > 0.05 for peak in values_of(experiment, "peak_memory_gib"))
     assert len(values_of(experiment, "loss")) >= 3
     assert values_of(experiment, "lr") == pytest.approx([0.0005] * 3)
 
@@ -86,6 +90,23 @@ def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
         assert words in result.stdout
     assert re.search(
         r"trained for 1 epoch, 3 steps; best val_loss 0\.\d+, in .*/best_model.pth", result.stdout
+    )
+    assert re.search(
+        r"^memory     [\d.]+ of [\d.]+ GiB \(\d+%\) .*, measured in training; about 0.00 GiB for"
+        r" the longest validation track \(1.7 s\), not measured$",
+        result.stdout,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^time       \S+ s per epoch, \S+ s for 1 epoch, measured on batches 2 to 3;",
+        result.stdout,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^epoch 0: train_loss 0\.\d{6}, val_loss 0\.\d{6}, lr 0.0005, [\d.]+ items/s,"
+        r" peak memory [\d.]+ GiB, [\d.]+ s$",
+        result.stdout,
+        re.MULTILINE,
     )
     assert "Epoch 0: 100%" in result.stderr + result.stdout
     assert "Warning" not in result.stderr
@@ -169,10 +190,35 @@ def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert re.search(r"interrupted in epoch \d+; best val_loss", stderr)
     assert "Traceback" not in stderr
     assert load_model(exp_dir / "best_model.pth").samplerate == RATE
+
+
+def test_ctrl_c_within_torch_save_is_no_error_of_its_own(corpus, tmp_path, failing_step, capsys):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 683 vs 0")
+    error.__context__ = KeyboardInterrupt()
+    failing_step(error, in_training=False)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--exp_dir", str(tmp_path / "run"), "--root", str(corpus), *TINY_RUN])
+    assert exit_.value.code == 130
+    assert "interrupted in epoch 0; there is no best_model.pth yet" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_waits_for_no_wake_up_that_an_interrupt_took(tmp_path, monkeypatch):
+    """Ctrl-C within queue.put can leave the thread that writes for TensorBoard asleep."""
+    conf = parse_conf(["--root", "X", "--exp_dir", str(tmp_path)])
+    logger = train.make_trainer(conf, items=64, valid_tracks=1).loggers[0]
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.experiment.flush()
+    queue = logger.experiment.file_writer.event_writer._async_writer._byte_queue
+    monkeypatch.setattr(queue.not_empty, "notify", lambda: None)
+    logger.log_metrics({"loss": 0.5}, step=1)
+    end = threading.Thread(target=logger.finalize, args=["failed"], daemon=True)
+    end.start()
+    end.join(timeout=60)
+    assert not end.is_alive()
 
 
 # What is wrong is said in one line, and nothing is written
@@ -280,24 +326,59 @@ def test_errors_are_one_line_and_status_2_in_a_process_of_their_own(tmp_path):
     assert result.stdout == ""
 
 
-# Several processes
+# Memory
 
 
-def test_two_processes_share_the_items_and_agree_on_val_loss(corpus, tmp_path):
-    flags = ["--root", corpus, *TINY_RUN, "--accelerator", "cpu", "--epochs", "2"]
-    flags += ["--valid_tracks", tmp_path / "valid.txt", "--samples_per_track", "16"]
-    (tmp_path / "valid.txt").write_text("\n".join(TRAIN_NAMES[:3]), encoding="utf-8")
-    two = run_command(
-        "train.py", "--exp_dir", tmp_path / "two", *flags, "--devices", "2", "--batch_size", "2"
+@pytest.fixture
+def failing_step(monkeypatch):
+    """Makes the training or the validation step raise what it is given."""
+
+    def set_up(error: BaseException, in_training: bool):
+        step = MusicSystem.common_step
+
+        def common_step(self, batch, batch_nb, train=True):
+            if train is in_training:
+                raise error
+            return step(self, batch, batch_nb, train)
+
+        monkeypatch.setattr(MusicSystem, "common_step", common_step)
+
+    return set_up
+
+
+def allocator_error() -> RuntimeError:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.int8)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    "make_error",
+    [lambda: torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError, allocator_error],
+    ids=["cuda", "python", "cpu"],
+)
+def test_out_of_memory_in_training_names_the_flags(
+    corpus, tmp_path, error_of, failing_step, make_error
+):
+    failing_step(make_error(), in_training=True)
+    flags = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--batch_size", "6"]
+    line = error_of(train.main, *flags).strip().splitlines()[-1]
+    assert line == (
+        "train.py: error: out of memory in training; these need less: --memory most, --precision"
+        " bf16-mixed, --segment below 0.5, --batch_size 3 --aggregate 2 (now 6 and 1)"
     )
-    assert two.returncode == 0, two.stderr
-    train.main([*map(str, ["--exp_dir", tmp_path / "one", *flags, "--devices", "1"])])
-    assert values_of(tmp_path / "two", "val_loss") == pytest.approx(
-        values_of(tmp_path / "one", "val_loss"), rel=1e-4
-    )
-    one, two = (load_model(tmp_path / n / "best_model.pth").state_dict() for n in ("one", "two"))
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_memory_in_validation_names_its_flag(corpus, tmp_path, error_of, failing_step):
+    failing_step(torch.OutOfMemoryError("CUDA out of memory. Tried"), in_training=False)
+    error = error_of(train.main, "--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN)
+    assert "out of memory in validation; leave the longest tracks out, with --valid_track" in error
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(corpus, tmp_path, failing_step):
+    failing_step(RuntimeError("something else"), in_training=True)
+    with pytest.raises(RuntimeError, match="something else"):
+        train.main(["--exp_dir", str(tmp_path / "run"), "--root", str(corpus), *TINY_RUN])
 
 
 def test_the_shipped_configuration_is_whole():

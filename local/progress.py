@@ -1,0 +1,148 @@
+"""What a person sees of a run: its bar, a forecast, a line per epoch."""
+
+import math
+import os
+import resource
+import sys
+import time
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from local.config import plural
+from local.streaming import can_stream
+
+
+def describe_epoch(epoch: int, metrics: dict, seconds: float) -> str:
+    """The line of an epoch that is over."""
+    line = (
+        f"epoch {epoch}: train_loss {metrics['train_loss']:.6f},"
+        f" val_loss {metrics['val_loss']:.6f}, lr {metrics['lr']:g},"
+        f" {metrics['items_per_second']:.2f} items/s,"
+        f" peak memory {metrics['peak_memory_gib']:.2f} GiB, {describe_time(seconds)}"
+    )
+    if skipped := int(metrics["skipped_steps"]):
+        line += f"; {plural(skipped, 'step')} skipped, the gradients were not finite"
+    return line
+
+
+def describe_time(seconds: float) -> str:
+    """Seconds, minutes, hours or days, whichever is readable."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def wait_and_look_at_clock(device: torch.device) -> float:
+    """The time, in seconds, at which the device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gather_peak_memory(trainer: pl.Trainer) -> float:
+    """Bytes, the most of any rank: of the GPU where there is one, else of the process."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    peak = torch.tensor(float(peak), device=device)
+    return trainer.strategy.reduce(peak, reduce_op="max").item()
+
+
+class Forecast(pl.Callback):
+    """Says after the first steps what memory and time the run will take.
+
+    The first steps, which may compile, are left out, and the next few measured. The device is
+    waited for before and after those, and never again.
+    """
+
+    UNMEASURED = 2  # optimizer steps
+    MEASURED = 4
+
+    def on_train_start(self, trainer, pl_module):
+        batches = trainer.num_training_batches
+        self._first = min(self.UNMEASURED * trainer.accumulate_grad_batches, batches // 2)
+        self._last = min(self._first + self.MEASURED * trainer.accumulate_grad_batches, batches)
+        self._batches = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._batches += 1
+        if self._batches == self._first:
+            self._start = wait_and_look_at_clock(pl_module.device)
+        elif self._first and self._batches == self._last:
+            seconds = wait_and_look_at_clock(pl_module.device) - self._start
+            per_batch = seconds / (self._last - self._first)
+            peak = gather_peak_memory(trainer)
+            pl_module.print(self._describe_memory(peak, pl_module))
+            pl_module.print(self._describe_time(per_batch, trainer, pl_module.config["training"]))
+
+    def _describe_memory(self, peak: float, system: pl.LightningModule) -> str:
+        if system.device.type == "cuda":
+            total, place = torch.cuda.mem_get_info(system.device)[1], "on each GPU"
+        else:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            place = "in each process"
+        track = max(system.val_loader.dataset.tracks, key=lambda track: track.length)
+        validation = validation_memory(system, track.length)
+        return (
+            f"{'memory':<11}{peak / 2**30:.2f} of {total / 2**30:.1f} GiB ({peak / total:.0%})"
+            f" {place}, measured in training; about {validation / 2**30:.2f} GiB for the longest"
+            f" validation track ({describe_time(track.seconds)}), not measured"
+        )
+
+    def _describe_time(self, per_batch: float, trainer: pl.Trainer, training: dict) -> str:
+        epoch, epochs = trainer.num_training_batches, training["epochs"]
+        run, end = epoch * epochs, plural(epochs, "epoch")
+        limit = training["max_steps"] * training["aggregate"]
+        if 0 < limit < run:
+            run, end = limit, plural(training["max_steps"], "step")
+        return (
+            f"{'time':<11}{describe_time(per_batch * epoch)} per epoch,"
+            f" {describe_time(per_batch * run)} for {end}, measured on batches {self._first + 1} to"
+            f" {self._last}; validation comes on top"
+        )
+
+
+def validation_memory(system: pl.LightningModule, samples: int) -> int:
+    """Bytes that separate(model, track, "full") keeps while it works on a track of `samples`."""
+    if can_stream(system.model):
+        return 0
+    sizes, training = system.config["convtasnet"], system.config["training"]
+    width = 4 if training["precision"] == "32-true" else 2  # bytes of what products give
+    per_frame = 4 * sizes["B"] + width * max(sizes["B"], sizes["H"])
+    return samples // (sizes["L"] // 2) * per_frame
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, drawn twice a second; the loss on it is read at the log interval.
+
+    Where steps are slow it is read every ten seconds, which costs next to nothing then.
+    """
+
+    DRAW, READ = 0.5, 10.0  # seconds
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._loss, self._drawn, self._read = {}, -math.inf, -math.inf
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        interval = trainer.log_every_n_steps * trainer.accumulate_grad_batches
+        late = time.monotonic() - self._read > self.READ
+        if self.is_enabled and (late or (batch_idx + 1) % interval == 0):
+            self._loss = {"loss": trainer.logged_metrics["loss"].item()}
+            self._read = time.monotonic()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer, pl_module):
+        return {**self._loss, **super().get_metrics(trainer, pl_module)}
+
+    def _should_update(self, current, total):
+        if not self.is_enabled or (current != total and time.monotonic() - self._drawn < self.DRAW):
+            return False
+        self._drawn = time.monotonic()
+        return True
