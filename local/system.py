@@ -35,6 +35,8 @@ class MusicSystem(System):
         if compiled and (fault := find_compiler_fault(self.device)):
             self.print(f"compile    torch.compile does not work here, going on without it: {fault}")
             compiled = False
+        if compiled:
+            self.print("compile    at the first step, which takes a minute or two for it")
         self._separate_segments = TrainingForward(self.model, training["memory"], compiled)
 
     def common_step(self, batch, batch_nb, train=True):

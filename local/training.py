@@ -7,7 +7,7 @@ beside what entered it: its backward pass rebuilds the rest, which costs less th
 Letters in shapes are those of local.tasnet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class TrainingForward:
         fuse = torch.compile if compiled else lambda function: function
         self._model, self._memory, self._compiled = model, memory, compiled
         self._start, self._end = fuse(_start), fuse(decode)
-        self._passes = fuse(forward_block), fuse(backward_block)
+        self._passes = BlockPasses(*map(fuse, BlockPasses()))
 
     def __call__(self, mixture: Tensor) -> Tensor:
         """Separates.
@@ -208,6 +208,92 @@ def _gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return None, None
 
 
+def forward(
+    hidden: Tensor, weights: BlockWeights, shape: BlockShape, keep: bool, scratch: Scratch
+) -> tuple[Tensor, Tensor, tuple]:
+    """What is projected, what goes into the second PReLU, and the moments of both norms."""
+    _, two, three, four, *_ = scratch
+    active = prelu(wide(hidden), weights.slope_in, out=two)
+    moments_in = normalise_(active, weights.gamma_in, weights.beta_in, shape.norm_type, three)
+    mixed = depthwise(active, weights.taps, shape.offsets(weights), out=None if keep else four)
+    mixed = mixed.to(hidden.dtype)
+    active = prelu(wide(mixed), weights.slope_out, out=two)
+    moments_out = normalise_(active, weights.gamma_out, weights.beta_out, shape.norm_type, three)
+    return active.to(hidden.dtype), mixed, (*moments_in, *moments_out)
+
+
+def forward_again(
+    hidden: Tensor,
+    mixed: Tensor | None,
+    moments: Sequence[Tensor | None],
+    weights: BlockWeights,
+    shape: BlockShape,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:
+    """As `forward`, without measuring anew, and from `mixed` where it was kept."""
+    _, two, three, four, *_ = scratch
+    if mixed is None:
+        active = prelu(wide(hidden), weights.slope_in, out=two)
+        normalise_(active, weights.gamma_in, weights.beta_in, shape.norm_type, None, moments[:2])
+        mixed = depthwise(active, weights.taps, shape.offsets(weights), out=three)
+        mixed = mixed.to(hidden.dtype)
+    active = prelu(wide(mixed), weights.slope_out, out=four)
+    normalise_(active, weights.gamma_out, weights.beta_out, shape.norm_type, None, moments[2:])
+    return active.to(hidden.dtype), mixed
+
+
+def backward_out(
+    flow: Tensor,
+    mixed: Tensor,
+    moments: Sequence[Tensor | None],
+    weights: BlockWeights,
+    shape: BlockShape,
+    scratch: Scratch,
+) -> tuple[Tensor | None, ...]:
+    """From the gradient of what is projected to that of `mixed`; the gradients of slope_out,
+    gamma_out and beta_out.
+    """
+    *_, four, _, six = scratch
+    dtype, flow, mixed = flow.dtype, wide(flow), wide(mixed)
+    active = prelu(mixed, weights.slope_out, out=four)
+    grads = normalise_backward_(flow, active, weights.gamma_out, shape.norm_type, six, moments)
+    grad_slope = prelu_backward_(flow, mixed, weights.slope_out, six)
+    return flow.to(dtype), grad_slope, *grads
+
+
+def backward_in(
+    flow: Tensor,
+    hidden: Tensor,
+    moments: Sequence[Tensor | None],
+    weights: BlockWeights,
+    shape: BlockShape,
+    scratch: Scratch,
+) -> tuple[Tensor | None, ...]:
+    """From the gradient of `mixed` to that of `hidden`; the gradients of slope_in, gamma_in,
+    beta_in and the taps.
+    """
+    _, two, _, four, _, six = scratch
+    dtype, flow, hidden = flow.dtype, wide(flow), wide(hidden)
+    offsets, norm_type = shape.offsets(weights), shape.norm_type
+    active = prelu(hidden, weights.slope_in, out=two)
+    normalise_(active, weights.gamma_in, weights.beta_in, norm_type, None, moments)
+    grad_taps = depthwise_backward(flow, active, offsets, six)
+    flow = depthwise(flow, weights.taps, [-offset for offset in offsets], out=four)
+    active = prelu(hidden, weights.slope_in, out=two)
+    grads = normalise_backward_(flow, active, weights.gamma_in, norm_type, six, moments)
+    grad_slope = prelu_backward_(flow, hidden, weights.slope_in, six)
+    return flow.to(dtype), grad_slope, *grads, grad_taps
+
+
+class BlockPasses(NamedTuple):
+    """What lies between the products of a block; each as it is, or fused by a compiler."""
+
+    forward: Callable = forward
+    again: Callable = forward_again
+    backward_out: Callable = backward_out
+    backward_in: Callable = backward_in
+
+
 class BlockFunction(torch.autograd.Function):
     """A TemporalBlock as one node: residual (M, K, B) to the next residual and, without a
     gradient, the moments of its two norms.
@@ -215,12 +301,13 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, passes, keep, scratch, shape, residual, *weights):
-        ctx.shape, ctx.scratch, (run_forward, ctx.run_backward) = shape, scratch, passes
-        entered = residual.to(weights[0].dtype)
+        ctx.passes, ctx.scratch, ctx.shape = passes, scratch, shape
+        weights, entered = BlockWeights(*weights), residual.to(weights[0].dtype)
         with torch.autocast(residual.device.type, enabled=False):
-            residual, moments, kept = run_forward(
-                residual, entered, BlockWeights(*weights), shape, keep, scratch
-            )
+            hidden = _product(entered, weights.expand.t(), None if keep else scratch[0])
+            normed, mixed, moments = passes.forward(hidden, weights, shape, keep, scratch)
+            residual = residual + _product(normed, weights.project.t())
+        kept = (hidden, mixed) if keep else (None, None)
         ctx.save_for_backward(entered, *kept, *moments, *weights)
         ctx.mark_non_differentiable(*(moment for moment in moments if moment is not None))
         return residual, *moments
@@ -228,78 +315,21 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        entered, *rest = ctx.saved_tensors
-        kept, moments, weights = rest[:2], rest[2:6], BlockWeights(*rest[6:])
-        grads = ctx.run_backward(grad, entered, kept, moments, weights, ctx.shape, ctx.scratch)
+        entered, hidden, mixed, *rest = ctx.saved_tensors
+        moments, weights = rest[:4], BlockWeights(*rest[4:])
+        passes, scratch, shape = ctx.passes, ctx.scratch, ctx.shape
+        if hidden is None:
+            hidden = _product(entered, weights.expand.t(), scratch[0])
+        normed, mixed = passes.again(hidden, mixed, moments, weights, shape, scratch)
+        grad_update = grad.to(hidden.dtype)
+        grad_project = _product_over_frames(grad_update, normed)
+        flow = _product(grad_update, weights.project, scratch[4])
+        flow, *grads_out = passes.backward_out(flow, mixed, moments[2:], weights, shape, scratch)
+        flow, *grads_in = passes.backward_in(flow, hidden, moments[:2], weights, shape, scratch)
+        grad_expand = _product_over_frames(flow, entered)
+        grad_residual = grad + _product(flow, weights.expand)
+        grads = grad_residual, grad_expand, *grads_in, *grads_out, grad_project
         return None, None, None, None, *grads
-
-
-def forward_block(
-    residual: Tensor,
-    entered: Tensor,
-    weights: BlockWeights,
-    shape: BlockShape,
-    keep: bool,
-    scratch: Scratch,
-) -> tuple[Tensor, tuple, tuple]:
-    """The next residual, the moments of both norms, and what goes into the PReLUs where it is to
-    be kept. `entered` is the residual in the dtype of the products.
-    """
-    one, two, three, four, *_ = scratch
-    hidden = _product(entered, weights.expand.t(), None if keep else one)
-    active = prelu(wide(hidden), weights.slope_in, out=two)
-    moments_in = normalise_(active, weights.gamma_in, weights.beta_in, shape.norm_type, three)
-    mixed = depthwise(active, weights.taps, shape.offsets(weights), out=None if keep else four)
-    mixed = mixed.to(hidden.dtype)
-    active = prelu(wide(mixed), weights.slope_out, out=two)
-    moments_out = normalise_(active, weights.gamma_out, weights.beta_out, shape.norm_type, three)
-    residual = residual + _product(active.to(hidden.dtype), weights.project.t())
-    return residual, (*moments_in, *moments_out), (hidden, mixed) if keep else (None, None)
-
-
-def backward_block(
-    grad: Tensor,
-    entered: Tensor,
-    kept: Sequence[Tensor | None],
-    moments: Sequence[Tensor | None],
-    weights: BlockWeights,
-    shape: BlockShape,
-    scratch: Scratch,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the residual and of the weights, from that of the next residual.
-
-    `kept` is (hidden, mixed) of the forward pass; each is computed again where it is None.
-    """
-    one, two, three, four, five, six = scratch
-    norm_in = weights.gamma_in, weights.beta_in, shape.norm_type, six, moments[:2]
-    norm_out = weights.gamma_out, weights.beta_out, shape.norm_type, six, moments[2:]
-    offsets, (hidden, mixed) = shape.offsets(weights), kept
-    if hidden is None:
-        hidden = _product(entered, weights.expand.t(), one)
-    normed_in = prelu(wide(hidden), weights.slope_in, out=two)
-    normalise_(normed_in, *norm_in)
-    if mixed is None:
-        mixed = depthwise(normed_in, weights.taps, offsets, out=three).to(hidden.dtype)
-    active = prelu(wide(mixed), weights.slope_out, out=four)
-    normalise_(active, *norm_out)
-
-    grad_update = grad.to(hidden.dtype)
-    grad_project = _product_over_frames(grad_update, active.to(hidden.dtype))
-    flow = wide(_product(grad_update, weights.project, five))
-    active = prelu(wide(mixed), weights.slope_out, out=four)
-    grads_norm_out = normalise_backward_(flow, active, *norm_out)
-    grad_slope_out = prelu_backward_(flow, wide(mixed), weights.slope_out, six)
-    flow = wide(flow.to(hidden.dtype))
-    grad_taps = depthwise_backward(flow, normed_in, offsets, six)
-    flow = depthwise(flow, weights.taps, [-offset for offset in offsets], out=four)
-    active = prelu(wide(hidden), weights.slope_in, out=two)
-    grads_norm_in = normalise_backward_(flow, active, *norm_in)
-    grad_slope_in = prelu_backward_(flow, wide(hidden), weights.slope_in, six)
-    flow = flow.to(hidden.dtype)
-    grad_expand = _product_over_frames(flow, entered)
-    grad_residual = grad + _product(flow, weights.expand)
-    grads_in = grad_expand, grad_slope_in, *grads_norm_in
-    return grad_residual, *grads_in, grad_taps, grad_slope_out, *grads_norm_out, grad_project
 
 
 def _product(frames: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
@@ -360,7 +390,6 @@ def normalise_backward_(
     grad: Tensor,
     hidden: Tensor,
     gamma: Tensor | None,
-    _beta: Tensor | None,
     norm_type: str,
     spare: Tensor | None,
     moments: Sequence[Tensor | None],
@@ -385,6 +414,9 @@ def depthwise(
     hidden: Tensor, taps: Tensor, offsets: list[int], out: Tensor | None = None
 ) -> Tensor:
     """Sums over the taps p of taps[p] * hidden[k + offsets[p]], zeros around; an offset is 0."""
+    if torch.compiler.is_compiling():
+        shifted = _shift(hidden, offsets)
+        return sum(tap * frames for tap, frames in zip(taps, shifted, strict=True))
     mixed = torch.mul(hidden, taps[offsets.index(0)], out=out)
     for tap, offset in zip(taps, offsets, strict=True):
         if offset != 0:
@@ -397,6 +429,9 @@ def depthwise_backward(
     grad: Tensor, hidden: Tensor, offsets: list[int], spare: Tensor | None
 ) -> Tensor:
     """The gradient of the taps."""
+    if torch.compiler.is_compiling():
+        shifted = _shift(hidden, offsets)
+        return torch.stack([(grad * frames).sum((0, 1)) for frames in shifted])
     grads = []
     for offset in offsets:
         flow, origin = _overlap(grad, hidden, offset)
@@ -409,3 +444,12 @@ def _overlap(first: Tensor, second: Tensor, offset: int) -> tuple[Tensor, Tensor
     """first[k] and second[k + offset] for the frames k where both are."""
     frames = max(first.shape[1] - abs(offset), 0)
     return first[:, max(-offset, 0) :][:, :frames], second[:, max(offset, 0) :][:, :frames]
+
+
+def _shift(hidden: Tensor, offsets: list[int]) -> list[Tensor]:
+    """hidden[k + offset] for every offset, zeros around: a compiler reads through the padding,
+    where memory would be filled otherwise.
+    """
+    before, after = max(-min(offsets), 0), max(*offsets, 0)
+    padded = F.pad(hidden, (0, 0, before, after))
+    return [padded[:, before + offset :][:, : hidden.shape[1]] for offset in offsets]

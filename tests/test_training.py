@@ -141,19 +141,20 @@ def test_most_keeps_a_repeat_at_a_time():
     mixture, targets = make_batch(model)
     calls = []
     separate = TrainingForward(model, "most")
-    run_forward, run_backward = separate._passes
 
-    def forward(*args):
-        calls.append("forward")
-        return run_forward(*args)
+    def count(name):
+        run = getattr(separate._passes, name)
 
-    def backward(*args):
-        calls.append("backward")
-        return run_backward(*args)
+        def counted(*args):
+            calls.append(name)
+            return run(*args)
 
-    separate._passes = forward, backward
+        return counted
+
+    names = ["forward", "backward_in"]
+    separate._passes = separate._passes._replace(**{name: count(name) for name in names})
     F.l1_loss(separate(mixture), targets).backward()
-    assert calls == ["forward"] * 16 + (["forward"] * 8 + ["backward"] * 8) * 2
+    assert calls == ["forward"] * 16 + (["forward"] * 8 + ["backward_in"] * 8) * 2
 
 
 def test_two_passes_before_their_gradients_do_not_mix():
