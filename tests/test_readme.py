@@ -15,6 +15,7 @@ from conftest import (
     RATE,
     ROOT,
     TINY_RUN,
+    TRAIN_NAMES,
     copy_project,
     needs_venv,
     random_model,
@@ -46,7 +47,10 @@ SMALLER = {
     "./run.sh --root": TINY_RUN,
     "pip": ["--dry-run"],
     "python train.py": TINY_RUN,
-    "torchrun": [*TINY_RUN, *"--accelerator cpu --num_nodes 1 --devices 2".split()],
+    "torchrun": [
+        *TINY_RUN,
+        *"--accelerator cpu --num_nodes 1 --devices 2 --valid_tracks two.txt".split(),
+    ],
     "python eval.py": [],
     "python -m local.separate": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
@@ -63,6 +67,7 @@ def checkout(tmp_path_factory, experiment) -> Path:
     """A copy of the project with MUSDB18 in it, and what the hub's client would have fetched."""
     folder = copy_project(tmp_path_factory.mktemp("readme") / "checkout")
     write_corpus(folder / "MUSDB18")
+    (folder / "two.txt").write_text("\n".join(TRAIN_NAMES[:2]), encoding="utf-8")
     for number, name in enumerate(["SONG.mp3", "SONGS/one.mp3", "SONGS/two.mp3"]):
         (folder / "SONGS").mkdir(exist_ok=True)
         write_song(folder / name, seed=number)
