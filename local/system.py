@@ -32,11 +32,12 @@ class MusicSystem(System):
         if self.device.type == "cuda":
             compiled = training["compile"] != "no"
             multiply_as_convolutions_do()
+        note = "at the first step, which takes a minute or two for it" if compiled else ""
         if compiled and (fault := find_compiler_fault(self.device)):
-            self.print(f"compile    torch.compile does not work here, going on without it: {fault}")
+            note = f"torch.compile does not work here, going on without it: {fault}"
             compiled = False
-        if compiled:
-            self.print("compile    at the first step, which takes a minute or two for it")
+        if note and self.trainer.is_global_zero:
+            print(f"compile    {note}", flush=True)  # there is no bar yet for self.print to go by
         self._separate_segments = TrainingForward(self.model, training["memory"], compiled)
 
     def common_step(self, batch, batch_nb, train=True):
