@@ -36,8 +36,7 @@ def encode(model: ConvTasNetStereo, mixture: Tensor) -> Tensor:
 
 def embed(model: ConvTasNetStereo, weights: Tensor) -> Tensor:
     """(..., K, N) -> residual (..., K, B), as the first block takes it."""
-    norm, conv, *_ = model.separator.network
-    return F.linear(local_norm(norm)(weights), conv.weight[:, :, 0])
+    return Projection(*model.separator.network[:2])(weights)
 
 
 def decode(model: ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor:

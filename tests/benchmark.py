@@ -58,6 +58,7 @@ WARM_UP_BLOCKS = 10
 TRAINING_SHAPES = {"cpu": (1, 1.0), "cuda": (4, 5.0)}  # batch size, seconds of an item
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 3  # after the first
+LOAD_SOURCES = ("vocals", "bass", "drums", "other")
 LOAD_TRACKS, LOAD_TRACK_SECONDS, LOAD_BATCH, LOAD_ROUNDS = 6, 20.0, 4, 5
 
 SONG_COLUMNS = {  # key: heading, width, format
@@ -629,8 +630,7 @@ class TextbookItems:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(index)
         draws = torch.rand(4, 4, generator=random, dtype=torch.float64).tolist()
-        sources = ("vocals", "bass", "drums", "other")
-        stems = torch.stack([self.draw(*pair) for pair in zip(sources, draws, strict=True)])
+        stems = torch.stack([self.draw(*pair) for pair in zip(LOAD_SOURCES, draws, strict=True)])
         targets = torch.stack([stems[0], stems[1:].sum(0)])
         return targets.sum(0), targets
 
@@ -663,7 +663,7 @@ def write_noise(root: Path, seconds: float) -> None:
     for track in range(LOAD_TRACKS):
         folder = root / "train" / f"{track}"
         folder.mkdir(parents=True)
-        for source in ("vocals", "bass", "drums", "other"):
+        for source in LOAD_SOURCES:
             noise = torch.randint(-8000, 8000, (time, 2), dtype=torch.int16).numpy()
             soundfile.write(folder / f"{source}.wav", noise, RATE, "PCM_16")
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -232,6 +233,21 @@ def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.Compl
 def heed_ctrl_c() -> None:
     """For a child process: a background job of a shell ignores Ctrl-C, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start_training(exp_dir: Path, *flags, **options) -> subprocess.Popen:
+    """Starts train.py as a process that heeds Ctrl-C; returns when the run has a model."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--exp_dir", exp_dir, *map(str, flags)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+        **options,
+    )
+    deadline = time.monotonic() + 120
+    while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return process
 
 
 @pytest.fixture

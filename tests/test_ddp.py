@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import RATE, ROOT, TINY_RUN, TRAIN_NAMES, heed_ctrl_c, run_command
+from conftest import RATE, ROOT, TINY_RUN, TRAIN_NAMES, run_command, start_training
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
 import train
@@ -171,18 +170,8 @@ def test_an_error_of_one_rank_ends_both(shared_flags, own_corpus, tmp_path, rank
 )
 def test_an_interrupt_ends_both(shared_flags, tmp_path, send, signum):
     exp_dir = tmp_path / "run"
-    flags = ["--exp_dir", exp_dir, *shared_flags, "--devices", "2", "--epochs", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    flags = [*shared_flags, "--devices", "2", "--epochs", "100000"]
+    process = start_training(exp_dir, *flags, stdout=subprocess.DEVNULL, start_new_session=True)
     send(process.pid, signum)
     try:
         _, stderr = process.communicate(timeout=60)

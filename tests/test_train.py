@@ -4,9 +4,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -15,12 +13,11 @@ import torch
 import yaml
 from conftest import (
     RATE,
-    ROOT,
     TINY_RUN,
     TRAIN_NAMES,
-    heed_ctrl_c,
     run_command,
     run_python,
+    start_training,
     write_corpus,
     write_times,
     write_track,
@@ -177,17 +174,8 @@ def test_the_model_imports_torch_and_the_hub_alone(module):
 
 def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
     exp_dir = tmp_path / "run"
-    flags = ["--exp_dir", exp_dir, "--root", corpus, *TINY_RUN, "--epochs", "10000"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
-    deadline = time.monotonic() + 120
-    while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    flags = ["--root", corpus, *TINY_RUN, "--epochs", "10000"]
+    process = start_training(exp_dir, *flags, stdout=subprocess.PIPE)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
