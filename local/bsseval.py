@@ -1,0 +1,192 @@
+"""BSSEval v4: the numbers of `museval.evaluate`, many times faster and in little memory.
+
+Vincent, Gribonval & Févotte, "Performance measurement in blind audio source separation" (IEEE TASLP
+14(4), 2006) define the ratios; in Stöter, Liutkus & Ito, "The 2018 Signal Separation Evaluation
+Campaign" (LVA/ICA 2018, section 3), as here, the distortion filters are those of the whole track.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.fft import irfft, rfft
+
+TAPS = 512  # of the distortion filters
+BLOCK = 4096  # samples in a transform
+STEP = BLOCK - TAPS + 1  # of them without circular convolution
+BLOCKS_AT_ONCE = 13  # those of a second; what they take stays in the cache
+MOST_SOURCES = 100  # as in museval
+
+
+def bss_eval(
+    references: np.ndarray, estimates: np.ndarray, window: float = 44100, hop: float = 44100
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(SDR, ISR, SIR, SAR) in dB of every frame.
+
+    Each estimate belongs to the reference at its place, and is cut or padded to its length. A frame
+    in which the channels of a reference or an estimate sum to zero throughout is NaN for all
+    sources; samples after the last whole frame count for the filters alone.
+
+    Args:
+        window: length of a frame in samples; np.inf, or more than there is, for one frame of all.
+        hop: from the start of a frame to that of the next, in samples.
+
+    Shape:
+        - references, estimates: (sources, samples, channels)
+        - output: four times (sources, frames), float64; empty where the input is
+
+    Raises:
+        ValueError: the shapes differ, a source is silent from beginning to end (or its channels
+            cancel out), or there are no frames of that size.
+    """
+    references, estimates = np.atleast_3d(references), np.atleast_3d(estimates)
+    estimates = _fit_length(estimates, references.shape[1])
+    _check(references, estimates)
+    if not references.size:
+        return tuple(np.empty(0) for _ in range(4))
+    frames = list(_frames(references.shape[1], window, hop))
+    responses = _distortion_responses(references, estimates)
+    ratios = np.full((4, len(references), len(frames)), np.nan)
+    for number, frame in enumerate(frames):
+        reference, estimate = references[:, frame], estimates[:, frame]
+        if not (_any_silent(reference) or _any_silent(estimate)):
+            ratios[..., number] = _score_frame(reference, estimate, responses)
+    return tuple(ratios)
+
+
+def _fit_length(estimates: np.ndarray, time: int) -> np.ndarray:
+    missing = time - estimates.shape[1]
+    if missing > 0:
+        estimates = np.pad(estimates, ((0, 0), (0, missing), (0, 0)))
+    return estimates[:, :time]
+
+
+def _check(references: np.ndarray, estimates: np.ndarray) -> None:
+    if references.ndim != 3 or references.shape != estimates.shape:
+        raise ValueError(
+            "expected references and estimates of one shape (sources, samples, channels),"
+            f" got {references.shape} and {estimates.shape}"
+        )
+    if len(references) > MOST_SOURCES:
+        raise ValueError(f"expected at most {MOST_SOURCES} sources, got {len(references)}")
+    for name, signals in {"reference": references, "estimate": estimates}.items():
+        if signals.size and _any_silent(signals):
+            raise ValueError(f"an entire {name} is silent, or its channels cancel out")
+
+
+def _any_silent(signals: np.ndarray) -> bool:
+    channel_sums = signals @ np.ones(signals.shape[2])  # sum(axis=2), but 20 times faster
+    return bool((channel_sums == 0).all(axis=1).any())
+
+
+def _frames(time: int, window: float, hop: float) -> Iterator[slice]:
+    if not (window >= 1 and hop > 0):
+        raise ValueError(f"expected window >= 1 and hop > 0 in samples, got {window} and {hop}")
+    count = int(np.floor((time - window + hop) / hop)) if window < time else 1
+    for number in range(count):
+        start = number * hop if number else 0  # a hop may be infinite
+        yield slice(int(start), int(min(start + window, time)))
+
+
+def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """The least-squares filters from references to estimates, as frequency responses.
+
+    Shape:
+        - references, estimates: (sources, samples, channels)
+        - output: (BLOCK // 2 + 1, 2 x channels of all sources, channels of all sources): from a
+          reference's channels to its own estimate's; below these, from all channels to all
+    """
+    sources, _, channels = references.shape
+    count = sources * channels
+    lags = _correlate(references, estimates)
+    gram = _gram(lags[:, :count])
+    targets = lags[:, count:].transpose(0, 2, 1).reshape(count * TAPS, count)
+    own = np.zeros_like(targets)
+    for first in range(0, count, channels):
+        taps = slice(first * TAPS, (first + channels) * TAPS)
+        target = slice(first, first + channels)
+        own[taps, target] = _solve(gram[taps, taps], targets[taps, target])
+    filters = np.concatenate([own, _solve(gram, targets)], axis=1)
+    responses = rfft(filters.reshape(count, TAPS, 2 * count), BLOCK, axis=1)
+    return np.ascontiguousarray(responses.transpose(1, 2, 0))
+
+
+def _correlate(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """Sums over t of reference[t] signal[t + lag], for every pair of channels.
+
+    Shape:
+        - references, estimates: (sources, samples, channels)
+        - output: (R, R + E, TAPS), R and E the channels of all references and estimates
+    """
+    total = 0
+    for reference, estimate in zip(_blocks(references, 0), _blocks(estimates, 0), strict=True):
+        signals = np.concatenate([reference, estimate], axis=1)
+        spectra = rfft(signals, axis=0)
+        total = total + rfft(reference[:STEP], BLOCK, axis=0).conj() @ spectra.transpose(0, 2, 1)
+    return irfft(total, BLOCK, axis=0)[:TAPS].transpose(1, 2, 0)
+
+
+def _blocks(signals: np.ndarray, before: int) -> Iterator[np.ndarray]:
+    """Blocks of BLOCK samples every STEP, some at once, zeros beyond both ends.
+
+    Args:
+        before: samples before the signals at which the first block starts.
+
+    Shape:
+        - signals: (sources, samples, channels)
+        - output: (BLOCK, channels of all sources, blocks)
+    """
+    sources, time, channels = signals.shape
+    blocks = -(-(time + before) // STEP)
+    for first in range(0, blocks, BLOCKS_AT_ONCE):
+        count = min(BLOCKS_AT_ONCE, blocks - first)
+        start = first * STEP - before
+        stop = start + count * STEP + TAPS - 1
+        padded = np.zeros((sources, channels, stop - start))
+        part = signals[:, max(start, 0) : stop].transpose(0, 2, 1)
+        offset = max(-start, 0)
+        padded[..., offset : offset + part.shape[-1]] = part
+        views = sliding_window_view(padded.reshape(sources * channels, -1), BLOCK, axis=1)
+        yield views[:, ::STEP].transpose(2, 0, 1)
+
+
+def _gram(lags: np.ndarray) -> np.ndarray:
+    """(R, R, TAPS) correlations to the (R x TAPS, R x TAPS) products of delayed references."""
+    both_ways = np.concatenate([lags[..., :0:-1], lags.transpose(1, 0, 2)], axis=-1)
+    # Row m of a Toeplitz matrix starts at lag -m.
+    rows = sliding_window_view(both_ways, TAPS, axis=-1)[..., ::-1, :]
+    count = len(lags) * TAPS
+    return rows.transpose(0, 2, 1, 3).reshape(count, count)
+
+
+def _solve(gram: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    try:
+        return np.linalg.solve(gram + np.finfo(float).eps * np.eye(len(gram)), targets)
+    except np.linalg.LinAlgError:
+        return np.linalg.lstsq(gram, targets)[0]
+
+
+def _score_frame(reference: np.ndarray, estimate: np.ndarray, responses: np.ndarray) -> np.ndarray:
+    """(SDR, ISR, SIR, SAR) of a frame, cut out before it is filtered.
+
+    Shape:
+        - reference, estimate: (sources, samples, channels)
+        - responses: as of `_distortion_responses`
+        - output: (4, sources)
+    """
+    sources, _, channels = reference.shape
+    energies = np.zeros((7, sources * channels))
+    pairs = zip(_blocks(reference, TAPS - 1), _blocks(estimate, TAPS - 1), strict=True)
+    for true, estimated in pairs:
+        images = irfft(responses @ rfft(true, axis=0), BLOCK, axis=0)[TAPS - 1 :]
+        own, joint = np.split(images, 2, axis=1)
+        true, estimated = true[TAPS - 1 :], estimated[TAPS - 1 :]
+        parts = (true, true - estimated, own - true, own, joint - own, joint, estimated - joint)
+        energies += [np.einsum("tcb,tcb->c", part, part) for part in parts]
+    true, error, spatial, own, interference, joint, artifacts = energies.reshape(
+        7, sources, channels
+    ).sum(axis=2)
+    signals = np.stack([true, true, own, joint])
+    distortions = np.stack([error, spatial, interference, artifacts])
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(signals / distortions)
