@@ -1,13 +1,23 @@
 """Separate and score MUSDB18's test tracks: python eval.py --exp_dir EXP --out_dir OUT ..."""
 
-import sys
+import os
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
-from local.checkpoint import atomic_path
+from local.checkpoint import find_weights, sha256
 from local.config import (
     CHOICES,
     OneLineParser,
@@ -18,7 +28,17 @@ from local.config import (
     read_yaml,
 )
 from local.inference import separate
-from local.scoring import RESULTS, ScoredTrack, open_test_set, score_track, write_results
+from local.musdb18_dataset import Track
+from local.results import RESULTS, ScoredTrack, find_change, load_track, write_results
+from local.scoring import (
+    SCORERS,
+    PackedTrack,
+    ScoringPool,
+    choose_jobs,
+    open_test_set,
+    read_mixture,
+    remove_estimates,
+)
 from local.separate import (
     add_method_flags,
     check_method,
@@ -31,6 +51,7 @@ from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
 
 SUFFIXES = CHOICES["suffix"]
+LONGEST_WAIT = timedelta(days=7)  # of a rank for the others, where none of them is lost
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,39 +77,42 @@ def make_parser() -> OneLineParser:
     add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
     add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
+    add("--scorer", choices=SCORERS, default=SCORERS[0], help="same numbers, slower: museval")
+    add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")
     return parser
 
 
 def evaluate(args: Namespace) -> dict[str, str]:
-    """Separates and scores every test track; returns the tracks that failed, and why.
+    """Separates and scores every test track that is not scored yet, or this rank's share of them.
+
+    Returns:
+        the tracks that failed, and why; on rank 0 those of all ranks.
 
     Raises:
         UserError, DatasetError: a fault of the arguments, the checkpoint or the files.
     """
     raise_together(find_faults(args))
-    checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
-    root, suffix = find_test_set(args)
-    model = load_separator(checkpoint).to("cuda" if args.use_gpu else "cpu")
-    check_method(model, args)
-    tracks = open_test_set(root, model.samplerate, suffix)
-    out = prepare_out(args.exp_dir / args.out_dir, tracks)
-    print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
-
-    scored, failures = [], {}
-    for number, (name, read) in enumerate(tracks.items(), start=1):
-        saves = args.n_save_ex == -1 or number <= args.n_save_ex
-        try:
-            title, folder = f"[{number}/{len(tracks)}] {name}", out / name if saves else None
-            track = evaluate_track(name, read(), model, args, title, folder)
-        except ValueError as error:  # the track cannot be read, or not be scored
-            failures[name] = str(error)
-            print(f"{name}: not scored: {error}", file=sys.stderr)
-            continue
-        with atomic_path(out / "test" / f"{name}.json") as temporary:
-            temporary.write_text(track.store.json, encoding="utf-8")
-        scored.append(track)
-    print(f"\n{write_results(out, scored, failures)}\nAll of it is in {out}")
-    return failures
+    with joined_ranks() as ranks:
+        checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
+        root, suffix = find_test_set(args)
+        model = load_separator(checkpoint).to(choose_device(args, ranks))
+        check_method(model, args)
+        tracks = open_test_set(root, model.samplerate, suffix)
+        out = prepare_out(args.exp_dir / args.out_dir, [track.name for track in tracks])
+        remove_estimates(out, ranks.global_rank(), ranks.world_size())
+        if ranks.global_rank() == 0:
+            print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
+        records = plan_records(tracks, args, describe_settings(args, checkpoint, root, suffix))
+        longest_first = sorted(tracks, key=lambda track: track.seconds, reverse=True)
+        share = longest_first[ranks.global_rank() :: ranks.world_size()]
+        share = {track: records[track] for track in share}
+        gathered = gather(ranks, score_share(share, out, model, args, ranks))
+        if ranks.global_rank() != 0:
+            return {}
+        scored = sorted((t for found, _ in gathered for t in found), key=lambda track: track.name)
+        failures = {name: reason for _, failed in gathered for name, reason in failed.items()}
+        print(f"\n{write_results(out, scored, failures)}\nAll of it is in {out}")
+        return failures
 
 
 def find_faults(args: Namespace) -> list[str]:
@@ -98,6 +122,8 @@ def find_faults(args: Namespace) -> list[str]:
         faults.append("--use_gpu 1: torch sees no GPU; use --use_gpu 0")
     if args.n_save_ex < -1:
         faults.append(f"--n_save_ex must be at least 0, or -1 for all, got {args.n_save_ex}")
+    if args.jobs is not None and args.jobs < 1:
+        faults.append(f"--jobs must be at least 1, got {args.jobs}")
     if args.method == "overlap-add" and not 0 <= args.overlap < args.segment:
         faults.append(
             f"--overlap must be at least 0 and below --segment,"
@@ -131,7 +157,60 @@ def find_test_set(args: Namespace) -> tuple[Path, str]:
     return Path(str(root)), suffix
 
 
-def prepare_out(out: Path, names: dict) -> Path:
+@contextmanager
+def joined_ranks() -> Iterator[ClusterEnvironment]:
+    """This process among those that torchrun or srun started; by itself where none of them did.
+
+    Raises:
+        UserError: SLURM's variables are not those of an srun that Lightning supports.
+    """
+    kinds = (TorchElasticEnvironment, SLURMEnvironment)
+    try:
+        ranks = next((kind() for kind in kinds if kind.detect()), LightningEnvironment())
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    if ranks.world_size() == 1:
+        yield ranks
+        return
+    address = f"tcp://{ranks.main_address}:{ranks.main_port}"
+    dist.init_process_group(
+        "gloo",
+        init_method="env://" if isinstance(ranks, TorchElasticEnvironment) else address,
+        rank=ranks.global_rank(),
+        world_size=ranks.world_size(),
+        timeout=LONGEST_WAIT,
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(ranks: ClusterEnvironment, share) -> list:
+    """The shares of all ranks, on rank 0.
+
+    Raises:
+        UserError: a rank was lost.
+    """
+    if ranks.world_size() == 1:
+        return [share]
+    shares = [None] * ranks.world_size()
+    try:
+        dist.gather_object(share, shares if ranks.global_rank() == 0 else None)
+    except RuntimeError:
+        raise UserError(
+            "a process of this run was lost; the same command scores what is missing"
+        ) from None
+    return shares
+
+
+def choose_device(args: Namespace, ranks: ClusterEnvironment) -> torch.device:
+    if not args.use_gpu:
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
+
+
+def prepare_out(out: Path, names: list[str]) -> Path:
     """Makes the folder for the results, and in it test/ for the scores per track.
 
     Raises:
@@ -167,25 +246,98 @@ def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) ->
     )
 
 
-def evaluate_track(
-    name: str,
-    audio: dict[str, np.ndarray],
-    model: ConvTasNetStereo,
-    args: Namespace,
-    title: str,
-    folder: Path | None,
-) -> ScoredTrack:
-    """Separates and scores a track, and saves the estimates where there is a folder for them."""
-    mixture, rate = torch.from_numpy(audio["mixture"].astype(np.float32)), model.samplerate
-    settings = args.method, args.segment, args.overlap
-    with progress_bar(f"{title}, separating", mixture.shape[-1], rate) as bar:
-        estimates = name_targets(separate(model, mixture, *settings, bar.update))
-        bar.set_description(f"{title}, scoring")
-        track = score_track(name, rate, audio, estimates)
-        bar.set_description(title)
-    if folder:
-        save_estimates(folder, estimates, rate, args.float32)
-    return track
+def describe_settings(args: Namespace, checkpoint, root: Path, suffix: str) -> dict:
+    """What decides about the scores: runs that have it in common give the same."""
+    window = {"segment": args.segment, "overlap": args.overlap}
+    return {
+        "checkpoint": sha256(find_weights(checkpoint)),
+        "method": args.method,
+        **(window if args.method == "overlap-add" else {}),
+        "scorer": args.scorer,
+        "root": os.path.abspath(root),
+        "suffix": suffix,
+    }
+
+
+def plan_records(tracks: list, args: Namespace, settings: dict) -> dict:
+    """track -> the record that its scores are to have: see `results.save_track`."""
+    kind = "FLOAT" if args.float32 else "PCM_16"
+    count = len(tracks) if args.n_save_ex == -1 else args.n_save_ex
+    return {
+        track: {
+            "made_with": settings,
+            "length": track.length,
+            "saved": kind if number < count else None,
+        }
+        for number, track in enumerate(tracks)
+    }
+
+
+def find_scored(records: dict, out: Path) -> tuple[list[ScoredTrack], list]:
+    """(what OUT holds as this run would score it, the tracks that are to be scored), and says why
+    some are scored again.
+    """
+    kept, missing, reasons = [], [], {}
+    for track, record in records.items():
+        try:
+            found = load_track(out, track.name)
+            reason = find_change(out, found, record) if found else "not scored yet"
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            missing.append(track)
+            reasons.setdefault(reason, []).append(track.name)
+        else:
+            kept.append(found)
+    reasons.pop("not scored yet", None)
+    if kept:
+        print(f"{plural(len(kept), 'track')} scored already")
+    for reason, names in reasons.items():
+        print(f"{plural(len(names), 'track')} to score again, {reason}: {', '.join(names)}")
+    return kept, missing
+
+
+def score_share(
+    records: dict, out: Path, model: ConvTasNetStereo, args: Namespace, ranks: ClusterEnvironment
+) -> tuple[list[ScoredTrack], dict[str, str]]:
+    """Separates and scores the tracks of a rank; separation does not wait for scores.
+
+    Returns:
+        (the scored tracks, those that failed and why).
+    """
+    kept, missing = find_scored(records, out)
+    jobs = args.jobs or choose_jobs(missing, args.scorer)
+    with ScoringPool(out, jobs, args.scorer, ranks.global_rank()) as pool:
+        for number, track in enumerate(missing, start=1):
+            title = f"[{number}/{len(missing)}] {track.name}"
+            try:
+                estimates = separate_track(track, model, args, title)
+            except ValueError as error:  # it cannot be read, or its estimates are not finite
+                pool.fail(track, error)
+                continue
+            if records[track]["saved"]:
+                save_estimates(out / track.name, estimates, track.rate, args.float32)
+            pool.submit(track, estimates, records[track])
+        scored, failures = pool.finish()
+    return kept + scored, failures
+
+
+def separate_track(
+    track: Track | PackedTrack, model: ConvTasNetStereo, args: Namespace, title: str
+) -> dict[str, np.ndarray]:
+    """target -> (2, T) estimate.
+
+    Raises:
+        ValueError: the mixture cannot be read, or an estimate holds NaN or infinity.
+    """
+    mixture = torch.from_numpy(read_mixture(track))
+    with progress_bar(title, mixture.shape[-1], model.samplerate) as bar:
+        sources = separate(model, mixture, args.method, args.segment, args.overlap, bar.update)
+    estimates = name_targets(sources)
+    for target, estimate in estimates.items():
+        if not np.isfinite(estimate).all():
+            raise ValueError(f"the estimate of {target} holds NaN or infinity")
+    return estimates
 
 
 if __name__ == "__main__":

@@ -44,14 +44,41 @@ def bss_eval(
     _check(references, estimates)
     if not references.size:
         return tuple(np.empty(0) for _ in range(4))
-    frames = list(_frames(references.shape[1], window, hop))
+    frames = _frames(references.shape[1], window, hop)
     responses = _distortion_responses(references, estimates)
     ratios = np.full((4, len(references), len(frames)), np.nan)
-    for number, frame in enumerate(frames):
-        reference, estimate = references[:, frame], estimates[:, frame]
-        if not (_any_silent(reference) or _any_silent(estimate)):
-            ratios[..., number] = _score_frame(reference, estimate, responses)
+    for number, reference, estimate in _audible(references, estimates, frames):
+        ratios[..., number] = _score_frame(reference, estimate, responses)
     return tuple(ratios)
+
+
+def framewise_sdr(
+    references: np.ndarray, estimates: np.ndarray, window: float = 44100, hop: float = 44100
+) -> np.ndarray:
+    """The SDR of `bss_eval` alone, which needs no filters.
+
+    Shape:
+        - references, estimates: (sources, samples, channels)
+        - output: (sources, frames), float64
+    """
+    frames = _frames(references.shape[1], window, hop)
+    sdr = np.full((len(references), len(frames)), np.nan)
+    for number, reference, estimate in _audible(references, estimates, frames):
+        with np.errstate(divide="ignore"):
+            sdr[:, number] = 10 * np.log10(np.divide(*energies(reference, estimate)))
+    return sdr
+
+
+def energies(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
+    """Those of the references and of what the estimates differ by.
+
+    Shape:
+        - references, estimates: (sources, samples, channels)
+        - output: (2, sources), float64
+    """
+    references = references.astype(np.float64)
+    errors = references - estimates
+    return np.stack([np.einsum("stc,stc->s", x, x) for x in (references, errors)])
 
 
 def _fit_length(estimates: np.ndarray, time: int) -> np.ndarray:
@@ -75,17 +102,33 @@ def _check(references: np.ndarray, estimates: np.ndarray) -> None:
 
 
 def _any_silent(signals: np.ndarray) -> bool:
-    channel_sums = signals @ np.ones(signals.shape[2])  # sum(axis=2), but 20 times faster
-    return bool((channel_sums == 0).all(axis=1).any())
+    """Whether the channels of some (sources, samples, channels) sum to zero throughout."""
+    return any(
+        not any((part @ np.ones(part.shape[1])).any() for part in _parts(signal))
+        for signal in signals
+    )
 
 
-def _frames(time: int, window: float, hop: float) -> Iterator[slice]:
+def _parts(signal: np.ndarray) -> Iterator[np.ndarray]:
+    return (signal[start : start + BLOCK] for start in range(0, len(signal), BLOCK))
+
+
+def _frames(time: int, window: float, hop: float) -> list[slice]:
     if not (window >= 1 and hop > 0):
         raise ValueError(f"expected window >= 1 and hop > 0 in samples, got {window} and {hop}")
     count = int(np.floor((time - window + hop) / hop)) if window < time else 1
-    for number in range(count):
-        start = number * hop if number else 0  # a hop may be infinite
-        yield slice(int(start), int(min(start + window, time)))
+    starts = [number * hop if number else 0 for number in range(count)]  # a hop may be infinite
+    return [slice(int(start), int(min(start + window, time))) for start in starts]
+
+
+def _audible(
+    references: np.ndarray, estimates: np.ndarray, frames: list[slice]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number, references, estimates) of the frames in which nothing is silent."""
+    for number, frame in enumerate(frames):
+        reference, estimate = references[:, frame], estimates[:, frame]
+        if not (_any_silent(reference) or _any_silent(estimate)):
+            yield number, reference, estimate
 
 
 def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Models on disk: one way in for every kind of checkpoint, and atomic ways out."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
 from torch.torch_version import TorchVersion
 
 from local.config import UserError, model_args, read_yaml
@@ -86,6 +89,23 @@ def load_model(source: str | Path) -> ConvTasNetStereo:
     except Exception as error:  # whatever the hub's client, safetensors and torch raise
         kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
         raise UserError(f"--checkpoint {source}: not a usable {kind}: {_brief(error)}") from None
+
+
+def find_weights(source: str | Path) -> Path:
+    """The file that holds the weights of a checkpoint that `load_model` has loaded."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    names = (SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME)
+    if path.is_dir():
+        files = [path / name for name in names]
+    else:
+        files = [Path(try_to_load_from_cache(str(source), name) or "") for name in names]
+    return next(file for file in files if file.is_file())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_file(path: Path) -> ConvTasNetStereo:

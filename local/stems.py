@@ -7,6 +7,7 @@ OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
     return len(missing), len(folders) - len(missing)
 
 
-def decode_track(stem_file: Path, folder: Path) -> None:
-    """Writes the five streams of a file as 16-bit wav; `folder` appears when all are there.
+def decode_track(stem_file: Path, folder: Path, names: Sequence[str] = STREAMS) -> None:
+    """Writes the streams of a file as 16-bit wav; `folder` appears when all are there.
 
     Raises:
         UserError: the file cannot be decoded, or the folder cannot be written.
@@ -95,8 +96,9 @@ def decode_track(stem_file: Path, folder: Path) -> None:
         with atomic_path(folder) as temporary:
             temporary.mkdir(parents=True)
             command = ["ffmpeg", "-nostdin", "-xerror", "-loglevel", "error", "-i", stem_file]
-            for stream, name in enumerate(STREAMS):
-                command += ["-map", f"0:a:{stream}", "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
+            for name in names:
+                stream = f"0:a:{STREAMS.index(name)}"
+                command += ["-map", stream, "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 reason = (result.stderr.strip().splitlines() or ["ffmpeg failed"])[-1]

@@ -1,7 +1,13 @@
 import csv
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import musdb
 import museval
@@ -11,6 +17,7 @@ import soundfile as sf
 import torch
 from conftest import (
     RATE,
+    ROOT,
     TEST_NAMES,
     TINY_RUN,
     forward,
@@ -18,7 +25,9 @@ from conftest import (
     run_python,
     write_corpus,
     write_times,
+    write_track,
 )
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
 import eval as evaluation
 import train
@@ -90,7 +99,7 @@ def test_only_the_first_tracks_are_saved(experiment, tmp_path):
     first, second = sorted(TEST_NAMES)
     assert sf.info(tmp_path / first / "vocals.wav").subtype == "FLOAT"
     assert not (tmp_path / second).exists()
-    assert len(list((tmp_path / "test").iterdir())) == 2
+    assert len(list((tmp_path / "test").glob("*.json"))) == 2
 
 
 def test_segment_and_overlap_reach_the_separation(results, experiment, corpus, tmp_path):
@@ -160,7 +169,198 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
     assert sf.info(song / "vocals.wav").samplerate == 44100
 
 
+# Going on where a run ended
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that a run leaves, but for the pickled table, which keeps no order of its columns."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".pandas")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def test_a_second_run_keeps_what_it_would_make_again(results, experiment, tmp_path, capsys):
+    out, _ = results
+    copy = shutil.copytree(out, tmp_path / "out")
+    before = {name: time for name, time in write_times(copy).items() if "results" not in name.name}
+    evaluate("--exp_dir", out.parent, "--out_dir", copy)
+    assert "2 tracks scored already\n" in capsys.readouterr().out
+    after = write_times(copy)
+    assert all(after[path] == time for path, time in before.items() if path != copy)
+    assert contents(copy) == contents(out)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--method", "full"], "made with method overlap-add, not full"),
+        (["--overlap", "0.2"], "made with overlap 0.1, not 0.2"),
+        (["--scorer", "museval"], "made with scorer bsseval, not museval"),
+        (["--float32"], "its audio was not saved"),
+    ],
+)
+def test_other_settings_score_all_tracks_again(results, flags, reason, tmp_path, capsys):
+    out, _ = results
+    copy = shutil.copytree(out, tmp_path / "out")
+    evaluate("--exp_dir", out.parent, "--out_dir", copy, *flags)
+    names = ", ".join(sorted(TEST_NAMES))
+    assert f"2 tracks to score again, {reason}: {names}\n" in capsys.readouterr().out
+    evaluate("--exp_dir", out.parent, "--out_dir", tmp_path / "new", *flags)
+    assert contents(copy) == contents(tmp_path / "new")
+
+
+def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, capsys):
+    out, _ = results
+    copy = shutil.copytree(out, tmp_path / "out")
+    first, second = sorted(TEST_NAMES)
+    (copy / "test" / f"{first}.yml").unlink()
+    (copy / second / "vocals.wav").unlink()
+    evaluate("--exp_dir", out.parent, "--out_dir", copy)
+    printed = capsys.readouterr().out
+    assert f"1 track to score again, nothing says what made its scores: {first}\n" in printed
+    assert f"1 track to score again, its audio was not saved: {second}\n" in printed
+    assert contents(copy) == contents(out)
+
+    content = torch.load(out.parent / "best_model.pth", weights_only=True)
+    torch.save({**content, "epoch": 9}, tmp_path / "other.pth")
+    evaluate("--exp_dir", out.parent, "--out_dir", copy, "--checkpoint", tmp_path / "other.pth")
+    assert "2 tracks to score again, made with another checkpoint" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory) -> Path:
+    """A test set that takes some seconds to score, its longest track the last by name."""
+    root = tmp_path_factory.mktemp("long")
+    for number in range(6):
+        write_track(root / "test" / f"Song {number}", 8 + 4 * number, seed=number)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment, long_corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    evaluate("--exp_dir", experiment, "--out_dir", out, "--root", long_corpus, "--n_save_ex", 2)
+    return out
+
+
+def start(*command, **variables) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def has_ended(session: int) -> bool:
+    """Whether no process of a session runs; one that has ended may be listed as a zombie."""
+    listed = subprocess.run(["ps", "-s", str(session), "-o", "stat="], capture_output=True)
+    return all(state.startswith(b"Z") for state in listed.stdout.split())
+
+
+def kill(process: subprocess.Popen) -> str:
+    """Kills a command, and waits for the processes it started; returns what was printed."""
+    process.kill()
+    printed, _ = process.communicate()
+    deadline = time.monotonic() + 30
+    while not has_ended(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert has_ended(process.pid), "a scoring process outlived the run"
+    return printed
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_results(
+    undisturbed, experiment, long_corpus, tmp_path
+):
+    """One run, killed again and again, each time when some more files are there."""
+    out = tmp_path / "out"
+    command = [ROOT / "eval.py", "--exp_dir", experiment, "--root", long_corpus, "--n_save_ex", 2]
+    command += ["--out_dir", out, "--jobs", 2]
+    moments, unfinished = random.Random(0), 0
+    for files in (0, 2, 4, 7, 9):
+        process = start(*command)
+        wait_for(process, lambda files=files: len(list(out.glob("test/[!.]*"))) > files)
+        time.sleep(moments.uniform(0, 0.3))
+        unfinished += process.poll() is None and not (out / "results.txt").exists()
+        kill(process)
+    assert unfinished >= 4
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(undisturbed)
+
+
+# Several processes
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--rdzv_backend", "c10d"]
+TORCHRUN += ["--rdzv_endpoint", "localhost:0"]
+
+
+def test_two_ranks_share_the_tracks(undisturbed, experiment, long_corpus, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--exp_dir", experiment, "--root", long_corpus, "--n_save_ex", 2, "--out_dir", out]
+    process = start(*TORCHRUN, ROOT / "eval.py", *flags)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert contents(out) == contents(undisturbed)
+    assert printed.count("\nAll of it is in ") == 1
+    for name in ("Song 0", "Song 5"):
+        assert printed.count(f"{name}: SDR in dB") == 1
+
+
+def srun(rank: int, port: int, *command) -> subprocess.Popen:
+    """One of the two processes that srun would start on this machine."""
+    variables = dict(SLURM_NTASKS="2", SLURM_JOB_NAME="a", SLURM_JOB_ID="1", SLURM_NNODES="1")
+    variables |= dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_NODEID="0")
+    variables |= dict(
+        SLURM_NTASKS_PER_NODE="2",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        SLURM_NODELIST="localhost",
+    )
+    return start(*command, **variables)
+
+
+def test_what_a_dead_rank_leaves_is_scored_by_the_next_run(
+    undisturbed, experiment, long_corpus, tmp_path
+):
+    out, port = tmp_path / "out", find_free_network_port()
+    command = [ROOT / "eval.py", "--exp_dir", experiment, "--root", long_corpus, "--n_save_ex", 2]
+    command += ["--out_dir", out, "--jobs", 1]
+    first, second = (srun(rank, port, *command) for rank in (0, 1))
+    wait_for(second, lambda: (out / ".estimates.1" / "2.npy").exists())
+    assert second.poll() is None
+    kill(second)
+    printed, _ = first.communicate(timeout=300)
+    assert first.returncode == 2
+    assert "a process of this run was lost; the same command scores what is missing" in printed
+    assert "Traceback" not in printed
+    assert not (out / "results.txt").exists()
+    kept = list(out.glob("test/*.json"))
+    assert 3 <= len(kept) < 6  # the whole share of the first rank is kept
+
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(kept)} tracks scored already" in result.stdout
+    assert contents(out) == contents(undisturbed)
+
+
 # What goes wrong
+
+
+def test_tasks_that_lightning_cannot_place_are_refused(experiment, tmp_path, error_of, monkeypatch):
+    for name, value in dict(SLURM_NTASKS="2", SLURM_JOB_NAME="a", SLURM_PROCID="0").items():
+        monkeypatch.setenv(name, value)
+    error = error_of(evaluation.main, "--exp_dir", experiment, "--out_dir", tmp_path / "out")
+    assert "--ntasks-per-node=2" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_track_that_cannot_be_scored_is_listed_and_the_others_are(
@@ -175,15 +375,31 @@ def test_a_track_that_cannot_be_scored_is_listed_and_the_others_are(
     assert f"Not scored: 1 of 2 tracks\n  {TEST_NAMES[0]}: " in text
     assert "silent" in text
     assert TEST_NAMES[0] in capsys.readouterr().err
-    assert [path.stem for path in (tmp_path / "out" / "test").iterdir()] == [TEST_NAMES[1]]
+    assert [path.stem for path in (tmp_path / "out" / "test").glob("*.json")] == [TEST_NAMES[1]]
 
 
-def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
+def test_an_estimate_that_is_not_finite_stops_its_track(experiment, tmp_path, capsys, monkeypatch):
+    def separate_badly(model, mixture, *settings):
+        sources = separate(model, mixture)
+        sources[1, 0, 99] = next(spoilt)
+        return sources
+
+    spoilt = iter([float("nan"), float("inf")])
+    monkeypatch.setattr(evaluation, "separate", separate_badly)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
+    assert exit_.value.code == 1
+    text = (tmp_path / "out" / "results.txt").read_text()
+    for name in TEST_NAMES:
+        assert f"  {name}: the estimate of accompaniment holds NaN or infinity" in text
+    assert not any((tmp_path / "out").rglob("*.wav"))
+
+
+def test_scores_of_other_tracks_are_not_mixed_with_these(
     experiment, own_corpus, tmp_path, error_of
 ):
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    for _ in range(2):
-        evaluate(*flags)
+    evaluate(*flags)
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Renamed")
 
     before = write_times(tmp_path / "out")
@@ -203,6 +419,8 @@ def test_a_second_evaluation_replaces_the_first_but_not_that_of_other_tracks(
         (["--segment", "1e-5", "--overlap", "0"], "--segment, --overlap: expected"),
         (["--out_dir", ""], "--out_dir must not be empty"),
         (["--use_gpu", "2"], "argument --use_gpu: invalid choice: 2"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--scorer", "mir_eval"], "argument --scorer: invalid choice: 'mir_eval'"),
     ],
 )
 def test_bad_arguments(experiment, flags, words, error_of, tmp_path):
@@ -284,7 +502,7 @@ def test_ctrl_c_ends_in_one_line(experiment, tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "score_track", interrupt)
+    monkeypatch.setattr(evaluation, "separate", interrupt)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
     assert exit_.value.code == 130

@@ -1,0 +1,347 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SHARED, needs_golden, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from local.compare import (
+    FILES,
+    compare,
+    describe_paired,
+    main,
+    name_runs,
+    order_targets,
+    paired_differences,
+    read_published,
+    read_runs,
+)
+from local.config import UserError
+from local.results import METRICS
+
+PUBLISHED = SHARED / "data" / "museval_scores"
+KNOCKOUT = "M.E.R.C. Music - Knockout"
+HEART = "AM Contra - Heart Peripheral"
+TARGETS = ("vocals", "accompaniment")
+
+
+def write_scores(run: Path, track: str, db: dict[str, list[float]], **metrics) -> Path:
+    """Writes museval's JSON of a track: target -> dB of every frame, in all four metrics."""
+    targets = []
+    for name, values in db.items():
+        frames = [
+            {"time": time, "duration": 1.0, "metrics": {**dict.fromkeys(METRICS, value), **metrics}}
+            for time, value in enumerate(values)
+        ]
+        targets.append({"name": name, "frames": frames})
+    path = run / "test" / f"{track}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"targets": targets}), encoding="utf-8")
+    return run
+
+
+def write_run(run: Path, tracks=(KNOCKOUT, HEART), shift=0.0, targets=TARGETS) -> Path:
+    for number, track in enumerate(tracks):
+        db = [np.nan, shift + 3 * number, shift + 3 * number + 1, shift + 8]
+        write_scores(run, track, dict.fromkeys(targets, db))
+    return run
+
+
+def read_table(**runs: Path) -> pd.DataFrame:
+    table, faults = read_runs(runs)
+    assert not faults
+    return table
+
+
+frames = st.lists(st.floats(-60, 60) | st.just(np.nan), min_size=1, max_size=6)
+tracks = st.dictionaries(st.sampled_from("ABCDE"), frames, min_size=1)
+
+
+@given(tracks)
+def test_medians_and_means_are_those_of_museval(scores):
+    museval = pytest.importorskip("museval")
+    table = table_of({"run": scores}).query("metric == 'SDR'")
+    reference = pd.DataFrame(
+        [
+            {"method": "run", "track": t, "target": "vocals", "metric": "SDR"}
+            | {"time": time, "score": value}
+            for t, values in scores.items()
+            for time, value in enumerate(values)
+        ]
+    )
+    for tracks_agg in ("median", "mean"):
+        store = museval.EvalStore(tracks_agg=tracks_agg)
+        store.df = reference
+        expected = store.agg_frames_tracks_scores().to_numpy().squeeze()
+        np.testing.assert_allclose(table["median"].agg(tracks_agg), expected, atol=1e-9)
+
+
+def table_of(runs: dict[str, dict[str, list[float]]]) -> pd.DataFrame:
+    """Vocals alone, with the same in all metrics: run -> track -> dB of every frame."""
+    rows = [
+        {"run": run, "track": track, "metric": metric, "median": pd.Series(values).median()}
+        for run, scores in runs.items()
+        for track, values in scores.items()
+        for metric in METRICS
+    ]
+    return pd.DataFrame(rows).assign(target="vocals")
+
+
+@settings(max_examples=10, deadline=None)  # each takes several bootstraps
+@given(tracks, st.floats(-20, 20))
+def test_a_shift_of_all_tracks_is_found_with_certainty(scores, shift):
+    shifted = {track: [value + shift for value in values] for track, values in scores.items()}
+    found = paired_differences(table_of({"first": scores, "second": shifted}))
+    scored = [track for track, values in scores.items() if not np.isnan(values).all()]
+    assert list(found["tracks"]) == (4 * [len(scored)] if scored else [])
+    for row in found.to_dict("records"):
+        for name in ("mean", "median"):
+            assert row[name] == pytest.approx(shift, abs=1e-9)
+            ends = [row[f"{name}_low"], row[f"{name}_high"]]
+            expected = [np.nan, np.nan] if len(scored) < 2 else [shift, shift]
+            np.testing.assert_allclose(ends, expected, atol=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=8))
+def test_an_interval_lies_within_the_tracks_and_heeds_no_sign(values):
+    row = describe_paired(np.array(values))
+    negative = describe_paired(-np.array(values))
+    for name in ("mean", "median"):
+        assert min(values) - 1e-9 <= row[f"{name}_low"] <= row[f"{name}_high"] + 1e-9
+        assert row[f"{name}_high"] <= max(values) + 1e-9
+        assert negative[f"{name}_low"] == pytest.approx(-row[f"{name}_high"], abs=1e-9)
+    assert row == describe_paired(np.array(values))
+
+
+def test_an_interval_of_the_mean_is_that_of_the_normal_law():
+    values = np.random.default_rng(0).normal(1, 2, 400)
+    row = describe_paired(values)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert row["mean_low"] == pytest.approx(values.mean() - half, abs=0.01)
+    assert row["mean_high"] == pytest.approx(values.mean() + half, abs=0.01)
+
+
+names = st.lists(st.sampled_from(["a", "b", "out", "test"]), min_size=1, max_size=4)
+
+
+@given(st.lists(names.map(lambda parts: Path("/nowhere", *parts)), min_size=1, unique=True))
+def test_names_are_the_shortest_ends_that_tell_runs_apart(folders):
+    # A run and its test/ are told apart only where they exist.
+    folders = [path for path in folders if path.name != "test"]
+    runs, faults = name_runs(folders, taken=["published causal"])
+    assert not faults
+    assert list(runs.values()) == folders
+    for name, folder in runs.items():
+        assert f"{folder}".endswith(f"/{name}")
+        others = [f"{other}" for other in folders if other != folder]
+        assert not any(other.endswith(f"/{name}") for other in others)
+        shorter = name.partition("/")[2]
+        assert not shorter or any(other.endswith(f"/{shorter}") for other in others)
+
+
+def test_names_of_runs():
+    folders = [Path("exp/a/out"), Path("exp/b/out"), Path("x/OpenUnmix/test")]
+    runs, _ = name_runs([*folders, Path("y/published causal")], taken=["published causal"])
+    assert list(runs) == ["a/out", "b/out", "OpenUnmix", "y/published causal"]
+
+
+def test_a_track_keeps_the_dots_of_its_name(tmp_path):
+    write_run(tmp_path, tracks=(KNOCKOUT, "A.json"))
+    assert set(read_table(run=tmp_path)["track"]) == {KNOCKOUT, "A.json"}
+
+
+def test_a_row_says_what_the_frames_hold(tmp_path):
+    write_scores(tmp_path, "A", {"vocals": [np.nan, 1, 2, 6]}, SIR=5)
+    table = read_table(run=tmp_path).set_index("metric")
+    assert list(table.loc["SDR"]) == ["run", "A", "vocals", 2, 3, 4, 0.25]
+    assert list(table.loc["SIR"]) == ["run", "A", "vocals", 5, 5, 4, 0]
+
+
+def test_targets_come_in_a_fixed_order():
+    assert order_targets(["piano", "drums", "bass", "accompaniment", "vocals"]) == [
+        *("vocals", "accompaniment", "bass", "drums", "piano")
+    ]
+
+
+@needs_golden
+def test_the_medians_of_published_systems(tmp_path):
+    text = compare([PUBLISHED / "OpenUnmix", PUBLISHED / "MMDenseLSTM" / "test"], tmp_path)
+    known = {
+        "OpenUnmix": {"vocals": 6.319, "drums": 5.731, "bass": 5.234, "other": 4.020},
+        "MMDenseLSTM": {"vocals": 7.159, "accompaniment": 13.737},
+    }
+    table = pd.read_csv(tmp_path / "scores.csv").query("metric == 'SDR'")
+    medians = table.groupby(["run", "target"])["median"].median()
+    for run, targets in known.items():
+        for target, median in targets.items():
+            assert round(medians[run, target], 3) == median
+            assert re.search(rf"^{run} +50 +{median:.3f} ", text, re.MULTILINE)
+    # These two published models are known by 15 tracks, which both systems have.
+    assert re.search(r"^published causal +15 +5\.733 ", text, re.MULTILINE)
+    assert "vocals: the runs hold different tracks, 15 of them in all runs" in text
+    assert "vocals: in 42 tracks the runs have scores of different frames" in text
+    assert "accompaniment: nothing to pair, OpenUnmix or all others" in text
+
+
+@needs_golden
+def test_the_published_scores_are_those_of_the_specification():
+    text = (SHARED / "spec.md").read_text(encoding="utf-8")
+    number = r"(\d+\.\d+)"
+    row = rf"^\| (.+) \| {number} / {number} \| {number} / {number} \|$"
+    expected = {}
+    for track, *sdr in re.findall(row, text, re.MULTILINE):
+        keys = [(f"published {m}", t) for m in ("non-causal", "causal") for t in TARGETS]
+        expected |= {(*key, track): float(x) for key, x in zip(keys, sdr, strict=True)}
+    assert len(expected) == 60
+    found = read_published().set_index(["run", "target", "track"])["median"]
+    assert found.to_dict() == expected
+
+
+def test_published_scores_stand_beside_the_tracks_they_share(tmp_path):
+    ours = write_run(tmp_path / "ours", targets=("vocals", "drums"))
+    text = compare([ours], tmp_path / "with")
+    assert "published, not computed here" in text
+    table = pd.read_csv(tmp_path / "with" / "scores.csv").query("run != 'ours'")
+    assert [tuple(row) for row in table[["run", "track", "target", "median"]].to_numpy()] == [
+        ("published non-causal", HEART, "vocals", 6.948),
+        ("published causal", HEART, "vocals", 5.887),
+    ]
+    differences = pd.read_csv(tmp_path / "with" / "differences.csv").set_index("run")
+    assert differences.loc["published causal", "mean"] == pytest.approx(5.887 - 4)
+    assert np.isnan(differences.loc["published causal", "mean_low"])
+    assert "published causal" not in compare([ours], tmp_path / "without", with_published=False)
+    text = compare([write_run(tmp_path / "synthetic", tracks=["1"])], tmp_path / "none")
+    assert "no track and target that has a published score" in text
+
+
+def test_what_is_not_comparable_is_said(tmp_path):
+    first = write_run(tmp_path / "first")
+    second = write_run(tmp_path / "second", tracks=(KNOCKOUT,), shift=1.5)
+    write_scores(second, "Silent", {"vocals": [np.nan, np.nan]})
+    text = compare([first, second], tmp_path / "out", with_published=False)
+    assert "vocals: no frame of Silent has a score in second" in text
+    assert "vocals: the runs hold different tracks, 1 of them in all runs" in text
+    assert "scores of different frames" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "second 1 2.500 2.500 2.500 2.500 50.0% 2.500" in lines
+    assert "second SDR 1 +1.50 - +1.50 -" in lines
+    assert f"{HEART} 4.00 -" in lines
+    assert "Silent - nan" in lines
+
+
+@pytest.mark.parametrize("tracks", [1, 2, 50])
+def test_the_boxes_are_a_picture(tmp_path, tracks):
+    image = pytest.importorskip("PIL.Image")
+    folders = [tmp_path / f"a rather long name of a run, with a ${n}^2$" for n in range(5)]
+    for shift, folder in enumerate(folders):
+        write_run(folder, [f"{number}" for number in range(tracks)], shift)
+    compare(folders, tmp_path / "out", ["vocals"])
+    with image.open(tmp_path / "out" / "scores.png") as picture:
+        width, height = picture.size
+        extent = picture.convert("L").point(lambda level: level < 128 and 255).getbbox()
+    assert 600 < width < 2000 and 600 < height < 2000
+    # No name is cut off at the edge.
+    assert 0 < extent[0] and extent[2] < width and extent[3] < height
+
+
+def test_the_command(tmp_path):
+    write_run(tmp_path / "exp" / "a" / "out")
+    write_run(tmp_path / "exp" / "b" / "out", shift=2)
+    (tmp_path / "exp" / "a" / "best_k_models.json").write_text("{}")
+    runs = [tmp_path / "exp" / run / "out" for run in "ab"]
+    words = ["-m", "local.compare", *runs, "--out", tmp_path / "new" / "out"]
+    result = run_python("-W", "error::FutureWarning", *words, "--targets", "vocals")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "b/out SDR 2 +2.00 [+2.00, +2.00] +2.00 [+2.00, +2.00]" in lines
+    assert "Paired differences to the baseline, the first RUN: a/out, in dB" in lines
+    assert "accompaniment" not in result.stdout
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted(FILES)
+    text = (tmp_path / "new" / "out" / "comparison.txt").read_text(encoding="utf-8")
+    assert result.stdout.startswith(text)
+    modules = "import sys, local.compare; print({'museval', 'musdb'} & set(sys.modules))"
+    assert run_python("-c", modules).stdout == "set()\n"
+
+
+def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error_of):
+    good, exp = write_run(tmp_path / "good"), tmp_path / "exp"
+    broken = write_run(tmp_path / "broken")
+    path = broken / "test" / f"{HEART}.json"
+    path.write_text(path.read_text()[:200])
+    write_run(exp / "out")
+    (exp / "best_k_models.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    runs = [good, good / "test", exp, broken, tmp_path / "gone", tmp_path / "empty"]
+    error = error_of(main, *runs, "-o", path)
+    assert "6 faults" in error
+    for fault in (
+        f"{good / 'test'}: the same run as {good}",
+        f"{exp}: no museval JSON in it; name the folder that eval.py wrote, such as {exp / 'out'}",
+        f"{path}: ",
+        f"{tmp_path / 'gone'}: no such folder",
+        f"{tmp_path / 'empty'}: no museval JSON in it",
+        f"--out: {path} is a file",
+    ):
+        assert f"\n  {fault}" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tracks_that_are_there_twice(tmp_path, error_of):
+    write_run(tmp_path / "exp" / "a")
+    write_run(tmp_path / "exp" / "b")
+    error = error_of(main, tmp_path / "exp", "-o", tmp_path / "out")
+    assert f"holds several runs; name the folder that eval.py wrote, such as {tmp_path}" in error
+    shutil.copy(*[tmp_path / "exp/a/test" / f"{KNOCKOUT}.json{end}" for end in ("", ".gz")])
+    error = error_of(main, tmp_path / "exp" / "a", "-o", tmp_path / "out")
+    assert f"1 track there twice, first test/{KNOCKOUT}.json and test/{KNOCKOUT}.json.gz" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *["", "{", "[]", "{}", '{"targets": []}', '{"targets": [{"name": "vocals"}]}'],
+        '{"targets": [{"name": "vocals", "frames": []}]}',
+        '{"targets": [{"name": "vocals", "frames": [{"metrics": {"SDR": 1}}]}]}',
+        json.dumps(
+            {"targets": [{"name": "v", "frames": [{"metrics": dict.fromkeys(METRICS, [1])}]}]}
+        ),
+        json.dumps(
+            {"targets": [{"name": "v", "frames": [{"metrics": dict.fromkeys(METRICS, np.inf)}]}]}
+        ),
+    ],
+)
+def test_json_of_something_else_is_named(tmp_path, error_of, content):
+    (tmp_path / "A.json").write_text(content)
+    assert f"{tmp_path / 'A.json'}: " in error_of(main, tmp_path, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_are_not_there(tmp_path, error_of):
+    first = write_run(tmp_path / "first", targets=["vocals"])
+    second = write_run(tmp_path / "second", targets=["drums", "vocals"])
+    error = error_of(main, first, second, "--targets", "drums", "guitar")
+    assert "no run has guitar; there are vocals, drums" in error
+    assert "first has none of them, only vocals" in error
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        compare([write_run(tmp_path / "run")], tmp_path / "file" / "out")
+
+
+def test_runs_without_any_score_are_compared_too(tmp_path):
+    silent = write_scores(tmp_path / "silent", "A", {"vocals": [np.nan]})
+    text = compare([silent, write_run(tmp_path / "run")], tmp_path / "out", with_published=False)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "silent 0 - - - - 100.0% -" in lines
+    assert "vocals: nothing to pair, silent or all others have no score of it" in lines
+    compare([silent], tmp_path / "out", with_published=False)

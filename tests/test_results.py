@@ -1,0 +1,259 @@
+import gzip
+import json
+from pathlib import Path
+
+import museval
+import numpy as np
+import pytest
+from conftest import SHARED, make_record, needs_golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local.results import (
+    METRICS,
+    RESULTS,
+    TARGETS,
+    ScoredTrack,
+    describe_track,
+    find_change,
+    load_track,
+    make_track_store,
+    read_scores,
+    remove_track,
+    save_track,
+    sdr_table,
+    usdr_table,
+    write_results,
+)
+
+FRAMES = 5
+DAMAGED = "its scores or their record are damaged"
+
+
+class Length:
+    length = 40_000
+
+
+def make_scores(seed: int, frames=FRAMES) -> dict:
+    rng = np.random.default_rng(seed)
+    scores = {
+        target: {metric: np.round(rng.normal(6, 3, frames), 5) for metric in METRICS}
+        for target in TARGETS
+    }
+    for metric in METRICS:
+        scores["vocals"][metric][0] = np.nan
+    return scores
+
+
+def make_extras(seed: int) -> dict:
+    rng = np.random.default_rng(1000 + seed)
+    return {
+        "frames": FRAMES,
+        "mixture_SDR": {
+            target: {"median": rng.normal(), "mean": rng.normal()} for target in TARGETS
+        },
+        **{name: {t: float(rng.normal()) for t in TARGETS} for name in ("uSDR", "mixture_uSDR")},
+    }
+
+
+def save(out: Path, name="M.E.R.C. Music - Knockout", seed=0, **changes) -> ScoredTrack:
+    (out / "test").mkdir(parents=True, exist_ok=True)
+    record = {**make_record(Length), **make_extras(seed), **changes}
+    save_track(out, make_track_store(name, make_scores(seed)), record)
+    return load_track(out, name)
+
+
+@pytest.fixture
+def scored(tmp_path) -> list[ScoredTrack]:
+    return [save(tmp_path, f"Track {seed}", seed) for seed in range(3)]
+
+
+# One track on disk
+
+
+@pytest.mark.parametrize("name", ["M.E.R.C. Music - Knockout", 'L\'été & "Friends"', "a.json"])
+def test_what_is_saved_is_loaded(name, tmp_path):
+    found = save(tmp_path, name)
+    assert found.name == name
+    for target, metrics in make_scores(0).items():
+        for metric, values in metrics.items():
+            np.testing.assert_array_equal(found.scores[target][metric], values)
+    for key, value in make_extras(0).items():
+        assert found.record[key] == value
+    assert load_track(tmp_path, "another") is None
+    store = museval.EvalStore()
+    store.add_eval_dir(str(tmp_path))
+    assert set(store.df["track"]) == {name}
+    remove_track(tmp_path, name)
+    assert load_track(tmp_path, name) is None
+    assert not any((tmp_path / "test").iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "suffix, spoil, words",
+    [
+        ("json", cut, DAMAGED),
+        ("json", lambda path: path.write_text("[]"), DAMAGED),
+        ("json", lambda path: path.write_bytes(b"\xff"), DAMAGED),
+        ("json", lambda path: path.write_text(path.read_text() + " "), "not those on record"),
+        ("yml", Path.unlink, "nothing says what made its scores"),
+        ("yml", cut, "not those on record"),
+        ("yml", lambda path: path.write_text(""), DAMAGED),
+        ("yml", lambda path: path.write_text("a: 1"), DAMAGED),
+        ("yml", lambda path: path.write_text("sha256: 2001-02-03\na: 2001-02-03"), "on record"),
+        ("yml", lambda path: path.write_text("a: ["), DAMAGED),
+        ("yml", lambda path: path.write_text("sha256: 1\n2: 3\na: 4"), DAMAGED),
+        ("yml", lambda path: path.write_text("!!python/name:os.system"), DAMAGED),
+    ],
+)
+def test_damage_is_noticed(suffix, spoil, words, tmp_path):
+    save(tmp_path, "T")
+    spoil(tmp_path / "test" / f"T.{suffix}")
+    with pytest.raises(ValueError, match=words):
+        load_track(tmp_path, "T")
+
+
+def test_scores_of_one_run_with_the_record_of_another_are_noticed(tmp_path):
+    """What is there where a run was killed between its two files."""
+    save(tmp_path, "T", seed=0)
+    record = (tmp_path / "test" / "T.yml").read_text()
+    save(tmp_path, "T", seed=1)
+    (tmp_path / "test" / "T.yml").write_text(record)
+    with pytest.raises(ValueError, match="not those on record"):
+        load_track(tmp_path, "T")
+
+
+def made_with(**settings) -> dict:
+    return {
+        "made_with": {"checkpoint": "0" * 64, "method": "full", "scorer": "bsseval", **settings}
+    }
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, ""),
+        (made_with(checkpoint="1" * 64), "made with another checkpoint"),
+        (made_with(method="stream"), "made with method full, not stream"),
+        (made_with(segment=3.0), "made with segment None, not 3.0"),
+        ({"length": 40_001}, "the track has another length now"),
+        ({"saved": "PCM_16"}, "its audio was not saved"),
+    ],
+)
+def test_scores_are_kept_only_where_nothing_has_changed(change, words, tmp_path):
+    found = save(tmp_path)
+    assert find_change(tmp_path, found, {**make_record(Length), **change}) == words
+
+
+def test_missing_frames_and_missing_audio_are_a_change(tmp_path):
+    found, wanted = save(tmp_path, "T", saved="PCM_16"), make_record(Length, saved="PCM_16")
+    assert find_change(tmp_path, found, wanted) == "its audio was not saved"
+    (tmp_path / "T").mkdir()
+    for target in TARGETS:
+        (tmp_path / "T" / f"{target}.wav").touch()
+    assert find_change(tmp_path, found, wanted) == ""
+    assert find_change(tmp_path, found, make_record(Length)) == ""  # saved, and need not be
+    assert "not saved" in find_change(tmp_path, found, make_record(Length, saved="FLOAT"))
+    del found.scores["vocals"]
+    assert find_change(tmp_path, found, wanted) == "frames of it are missing"
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.fixed_dictionaries(
+            {m: st.lists(st.floats(-99, 99) | st.just(np.nan), max_size=4) for m in METRICS}
+        ),
+        max_size=3,
+    ),
+    st.booleans(),
+)
+def test_any_scores_are_read(tmp_path_factory, targets, packed):
+    frames = {
+        name: [
+            {"metrics": dict(zip(metrics, x, strict=True))}
+            for x in zip(*metrics.values(), strict=False)
+        ]
+        for name, metrics in targets.items()
+    }
+    content = {"targets": [{"name": name, "frames": x} for name, x in frames.items()]}
+    path = tmp_path_factory.mktemp("scores") / ("T.json.gz" if packed else "T.json")
+    (gzip.open if packed else open)(path, "wt").write(json.dumps(content))
+    found = read_scores(path)
+    assert found.keys() == targets.keys()
+    for name, metrics in targets.items():
+        shortest = min(map(len, metrics.values()))
+        for metric, values in metrics.items():
+            np.testing.assert_array_equal(found[name][metric], values[:shortest])
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    "system, medians",
+    [
+        ("OpenUnmix", {"vocals": 6.319, "drums": 5.731, "bass": 5.234, "other": 4.020}),
+        ("MMDenseLSTM", {"vocals": 7.159, "accompaniment": 13.737}),
+    ],
+)
+def test_published_scores_give_the_known_medians(system, medians):
+    store = museval.EvalStore()
+    files = sorted((SHARED / "data" / "museval_scores" / system / "test").glob("*.json.gz"))
+    assert len(files) == 50
+    for path in files:
+        store.add_track(make_track_store(path.name.removesuffix(".json.gz"), read_scores(path)))
+    found = store.agg_frames_tracks_scores().unstack()["SDR"]
+    assert {target: round(found[target], 3) for target in medians} == medians
+
+
+# Tables and files of all tracks
+
+
+def test_the_tables_show_the_gain_over_the_mixture_and_missing_frames(scored):
+    lines, usdr = sdr_table(scored), usdr_table(scored)
+    model = np.nanmedian(scored[0].scores["vocals"]["SDR"])
+    mixture = scored[0].record["mixture_SDR"]["vocals"]["median"]
+    cells = lines[2].removeprefix("Track 0").split()
+    assert cells[:4] == [f"{mixture:.2f}", f"{model:.2f}", f"{model - mixture:+.2f}", "20%"]
+    models = [np.nanmedian(track.scores["vocals"]["SDR"]) for track in scored]
+    assert lines[-2].split()[4] == f"{np.median(models):.2f}"
+    assert lines[-1].split()[4] == f"{np.mean(models):.2f}"
+    assert f"vocals {model:.2f} ({model - mixture:+.2f}), acc" in describe_track(scored[0])
+
+    assert usdr[0].startswith("uSDR in dB, of the whole track")
+    models = [track.record["uSDR"]["accompaniment"] for track in scored]
+    mixtures = [track.record["mixture_uSDR"]["accompaniment"] for track in scored]
+    assert usdr[3].split()[-3:-1] == [f"{mixtures[1]:.2f}", f"{models[1]:.2f}"]
+    assert usdr[-1].split()[-2] == f"{np.mean(models):.2f}"
+    for table in (lines, usdr):
+        assert len({len(line) for line in table}) == 1
+
+
+def test_written_results_are_read_by_museval(scored, tmp_path):
+    text = write_results(tmp_path, scored, {"Quiet": "silent", "Bad": "damaged"})
+    assert (tmp_path / "results.txt").read_text() == text
+    assert "Not scored: 2 of 5 tracks\n  Bad: damaged\n  Quiet: silent" in text
+    for aggregates in ("median over frames, median", "median over frames, mean", "mean over"):
+        assert aggregates in text
+    loaded, again = museval.EvalStore(), museval.EvalStore()
+    loaded.load(str(tmp_path / "results.pandas"))
+    again.add_eval_dir(str(tmp_path))
+    assert loaded.agg_frames_tracks_scores().to_dict() == again.agg_frames_tracks_scores().to_dict()
+
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    first = dict(zip(columns, rows[1].split(","), strict=True))
+    frames = loaded.agg_frames_scores()
+    assert float(first["SDR_median"]) == pytest.approx(frames["Track 0", "vocals", "SDR"], abs=1e-5)
+    assert float(first["uSDR"]) == pytest.approx(scored[0].record["uSDR"]["vocals"], abs=1e-5)
+    assert (first["frames"], float(first["nan_share"])) == ("5", pytest.approx(0.2))
+    assert len(rows) == 1 + 3 * 2
+
+
+def test_nothing_scored_is_said(tmp_path):
+    text = write_results(tmp_path, [], {"Quiet": "silent"})
+    assert text == "\nNot scored: 1 of 1 tracks\n  Quiet: silent\n"
+    assert {path.name for path in tmp_path.iterdir()} == set(RESULTS)
