@@ -99,6 +99,20 @@ def test_items_are_loaded_by_both_loaders(tmp_path):
         assert row["loader"] != "textbook" or row["speed"] == 1
 
 
+def test_scores_are_measured_against_museval(tmp_path):
+    flags = ["--lengths", "2.5", "1.2", "--repeats", "1", "--jobs", "2", "--tracks", "3"]
+    costs, printed = run(tmp_path, "score", *flags)
+    assert "3 tracks of 2.5 s from wav to JSON" in printed
+    shown = [(row["scorer"], row["audio_s"]) for row in costs["score"]]
+    assert shown == [(name, length) for length in (2.5, 1.2) for name in ("museval", "bsseval")]
+    for row in costs["score"]:
+        assert min(row["work_s"], row["speed"]) > 0
+        assert row["scorer"] == "museval" or row["deviation_db"] < 1e-6
+    assert [(row["jobs"], row["tracks"]) for row in costs["pool"]] == [(1, 3), (2, 3)]
+    for row in costs["pool"]:
+        assert row["tracks_per_minute"] == pytest.approx(180 / row["work_s"])
+
+
 def test_work_is_counted_for_every_multiplication():
     case = benchmark.Case("cpu", "causal", 0.1, dict(N=4, B=3, H=5, X=2, R=1), ROOT)
     model, _ = case.load()
