@@ -98,10 +98,9 @@ def find_weights(source: str | Path) -> Path:
         return path
     names = (SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME)
     if path.is_dir():
-        files = [path / name for name in names]
-    else:
-        files = [Path(try_to_load_from_cache(str(source), name) or "") for name in names]
-    return next(file for file in files if file.is_file())
+        return next(path / name for name in names if (path / name).is_file())
+    cached = (try_to_load_from_cache(str(source), name) for name in names)
+    return next(Path(file) for file in cached if isinstance(file, str))
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,9 @@ soundfile, too, and score all of requirements.txt.
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
 import multiprocessing
 import os
@@ -820,7 +822,8 @@ def pool_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:
     estimates = {target: np.float32(0.7) * audio[target] for target in TARGETS}
     for jobs in dict.fromkeys((1, args.jobs)):
         start = time.perf_counter()
-        with ScoringPool(folder / "out", jobs, "bsseval") as pool:
+        silent = contextlib.redirect_stdout(io.StringIO())
+        with silent, ScoringPool(folder / "out", jobs, "bsseval") as pool:
             for track in tracks:
                 pool.submit(track, estimates, {})
             scored, failures = pool.finish()

@@ -2,13 +2,14 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
 
 import pytest
 import torch
 import yaml
 from torch.torch_version import TorchVersion
 
-from local.checkpoint import atomic_path, load_model, save_best_model
+from local.checkpoint import atomic_path, find_weights, load_model, save_best_model, sha256
 from local.config import UserError, make_model, parse_conf, read_yaml
 from local.tasnet import ConvTasNetStereo
 
@@ -169,3 +170,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_moved_experiment_loads(experiment, tmp_path):
     moved = shutil.copytree(experiment, tmp_path / "moved")
     assert same(load_model(moved / "best_model.pth"), load_model(experiment / "best_model.pth"))
+
+
+def test_the_file_with_the_weights_is_found(tmp_path, conf, model, monkeypatch):
+    path = tmp_path / "best_model.pth"
+    save_best_model(path, model, conf)
+    assert find_weights(path) == path
+    assert sha256(path) == subprocess.check_output(["sha256sum", path], text=True).split()[0]
+    model.save_pretrained(tmp_path / "folder")
+    weights = tmp_path / "folder" / "model.safetensors"
+    assert find_weights(tmp_path / "folder") == weights
+    old = weights.rename(weights.with_name("pytorch_model.bin"))
+    assert find_weights(tmp_path / "folder") == old
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--me--mine"
+    for place in ("refs", "snapshots/1", ".no_exist/1"):
+        (repository / place).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1")
+    (repository / ".no_exist" / "1" / "model.safetensors").touch()
+    (repository / "snapshots" / "1" / "pytorch_model.bin").touch()
+    assert find_weights("me/mine") == repository / "snapshots" / "1" / "pytorch_model.bin"

@@ -1,5 +1,6 @@
 """Every command of the README is run, on a tiny data set where it would take days."""
 
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from conftest import (
 )
 
 from local.checkpoint import load_model
+from local.results import METRICS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"
@@ -51,11 +53,14 @@ SMALLER = {
         *TINY_RUN,
         *"--accelerator cpu --num_nodes 1 --devices 2 --valid_tracks two.txt".split(),
     ],
+    "torchrun --nproc_per_node 4 eval.py": [],
     "python eval.py": [],
+    "python -m local.compare": [],
     "python -m local.separate": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
     "python tests/benchmark.py train": ["--seconds", "0.1", "--compile", "no", *TINY_BENCHMARK],
     "python tests/benchmark.py load": ["--seconds", "0.5", "--items", "8"],
+    "python tests/benchmark.py score": "--lengths 1 --repeats 1 --tracks 2".split(),
     "ffmpeg": [],
     "python -m local.stems": [],
     "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
@@ -105,6 +110,8 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
     words = [re.sub("^EXP", str(tmp_path / "exp"), word) for word in words]
     if "--use_gpu" in words:
         words[words.index("--use_gpu") + 1] = "0"  # there may be none
+    if kind == "torchrun --nproc_per_node 4 eval.py":
+        words[2] = "2"
     if kind == "torchrun":  # on one machine
         words[1:5] = ["--nnodes", "1", "--nproc_per_node", "2"]
         words[words.index("HOST:29500")] = "localhost:0"
@@ -114,6 +121,13 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
         shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
         words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]
+    if kind == "python -m local.compare":
+        scores = {
+            "targets": [{"name": "vocals", "frames": [{"metrics": dict.fromkeys(METRICS, 6)}]}]
+        }
+        for run_name in ("OUT", "causal"):
+            (tmp_path / "exp" / run_name / "test").mkdir(parents=True)
+            (tmp_path / "exp" / run_name / "test" / "A.json").write_text(json.dumps(scores))
     if kind == "python -m local.demo_musdb18":
         words[words.index("data/demo")] = str(tmp_path / "demo")
 
@@ -140,7 +154,7 @@ def test_the_python_examples_work(checkout):
 
 def test_every_flag_it_names_exists():
     named = set(re.findall(r"`(--\w+)", README))
-    commands = (["train.py"], ["eval.py"], ["-m", "local.separate"])
+    commands = (["train.py"], ["eval.py"], ["-m", "local.separate"], ["-m", "local.compare"])
     helps = [run([sys.executable, *words, "--help"], ROOT).stdout for words in commands]
     helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)
     assert named <= set(re.findall(r"--\w+", " ".join(helps)))
