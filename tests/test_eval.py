@@ -167,6 +167,10 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
     assert (packed / "results.txt").read_text() == (unpacked / "results.txt").read_text()
     (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
     assert sf.info(song / "vocals.wav").samplerate == 44100
+    compared = run_python("-m", "local.compare", packed, unpacked, "--out", tmp_path / "compared")
+    assert compared.returncode == 0, compared.stderr
+    (line,) = (x for x in compared.stdout.splitlines() if x.startswith("unpacked  SDR"))
+    assert line.split()[2:4] == ["1", "+0.00"]  # a track, and no difference
 
 
 # Going on where a run ended
