@@ -64,8 +64,7 @@ def framewise_sdr(
     frames = _frames(references.shape[1], window, hop)
     sdr = np.full((len(references), len(frames)), np.nan)
     for number, reference, estimate in _audible(references, estimates, frames):
-        with np.errstate(divide="ignore"):
-            sdr[:, number] = 10 * np.log10(np.divide(*energies(reference, estimate)))
+        sdr[:, number] = _decibels(*energies(reference, estimate))
     return sdr
 
 
@@ -218,18 +217,21 @@ def _score_frame(reference: np.ndarray, estimate: np.ndarray, responses: np.ndar
         - output: (4, sources)
     """
     sources, _, channels = reference.shape
-    energies = np.zeros((7, sources * channels))
+    squares = np.zeros((7, sources * channels))
     pairs = zip(_blocks(reference, TAPS - 1), _blocks(estimate, TAPS - 1), strict=True)
     for true, estimated in pairs:
         images = irfft(responses @ rfft(true, axis=0), BLOCK, axis=0)[TAPS - 1 :]
         own, joint = np.split(images, 2, axis=1)
         true, estimated = true[TAPS - 1 :], estimated[TAPS - 1 :]
         parts = (true, true - estimated, own - true, own, joint - own, joint, estimated - joint)
-        energies += [np.einsum("tcb,tcb->c", part, part) for part in parts]
-    true, error, spatial, own, interference, joint, artifacts = energies.reshape(
+        squares += [np.einsum("tcb,tcb->c", part, part) for part in parts]
+    true, error, spatial, own, interference, joint, artifacts = squares.reshape(
         7, sources, channels
     ).sum(axis=2)
     signals = np.stack([true, true, own, joint])
-    distortions = np.stack([error, spatial, interference, artifacts])
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(signals / distortions)
+    return _decibels(signals, np.stack([error, spatial, interference, artifacts]))
+
+
+def _decibels(signal: np.ndarray, distortion: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(distortion == 0, np.inf, 10 * np.log10(signal / distortion))

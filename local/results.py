@@ -151,10 +151,12 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
 
 
 def describe_track(track: ScoredTrack) -> str:
-    """A line: its SDR, and that of the mixture."""
-    cells = {target: track.sdr_cells(target) for target in TARGETS}
-    shown = [f"{target} {model:.2f} ({gain:+.2f})" for target, (_, model, gain, _) in cells.items()]
-    return f"{track.name}: SDR in dB, and gain over the mixture: {', '.join(shown)}"
+    """A line: its SDR, the gain over the mixture, and the share of NaN frames."""
+    shown = []
+    for target in TARGETS:
+        _, model, gain, nan_share = track.sdr_cells(target)
+        shown.append(f"{target} {model:.2f} dB (gain {gain:+.2f}, NaN {nan_share:.0%})")
+    return f"{track.name}: SDR {', '.join(shown)}"
 
 
 def make_track_store(name: str, scores: Scores):
@@ -203,10 +205,21 @@ def _describe(results, scored: list[ScoredTrack], failures: dict[str, str]) -> s
         if scored:
             results.frames_agg, results.tracks_agg = frames_agg, tracks_agg
             lines += ["", *(line.rstrip() for line in str(results).strip().splitlines())]
+    if scored:
+        lines += ["", describe_nan_frames(scored)]
     if failures:
         lines += ["", f"Not scored: {len(failures)} of {len(scored) + len(failures)} tracks"]
         lines += [f"  {name}: {reason}" for name, reason in sorted(failures.items())]
     return "\n".join(lines) + "\n"
+
+
+def describe_nan_frames(scored: list[ScoredTrack]) -> str:
+    """A line: in how many frames a source is silent, so that museval gives no scores."""
+    shown = []
+    for target in TARGETS:
+        missing = np.concatenate([np.isnan(track.scores[target]["SDR"]) for track in scored])
+        shown.append(f"{target} {missing.sum()} of {missing.size} ({missing.mean():.1%})")
+    return f"Frames without a score (NaN): {', '.join(shown)}"
 
 
 def sdr_table(scored: list[ScoredTrack]) -> list[str]:
@@ -222,7 +235,9 @@ def usdr_table(scored: list[ScoredTrack]) -> list[str]:
     """Likewise of the whole-track SDR of the Music Demixing challenges."""
     rows = {track.name: [track.usdr_cells(target) for target in TARGETS] for track in scored}
     heading = f"{'mixture':>10}{'model':>8}{'gain':>8}"
-    return _table("uSDR in dB, of the whole track", heading, "{:>10.2f}{:>8.2f}{:>+8.2f}", rows)
+    return _table(
+        "uSDR in dB, whole track (MDX challenges)", heading, "{:>10.2f}{:>8.2f}{:>+8.2f}", rows
+    )
 
 
 def _table(title: str, heading: str, form: str, rows: dict[str, list[tuple]]) -> list[str]:

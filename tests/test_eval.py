@@ -316,7 +316,7 @@ def test_two_ranks_share_the_tracks(undisturbed, experiment, long_corpus, tmp_pa
     assert contents(out) == contents(undisturbed)
     assert printed.count("\nAll of it is in ") == 1
     for name in ("Song 0", "Song 5"):
-        assert printed.count(f"{name}: SDR in dB") == 1
+        assert printed.count(f"{name}: SDR vocals ") == 1
 
 
 def srun(rank: int, port: int, *command) -> subprocess.Popen:

@@ -221,9 +221,12 @@ def test_the_tables_show_the_gain_over_the_mixture_and_missing_frames(scored):
     models = [np.nanmedian(track.scores["vocals"]["SDR"]) for track in scored]
     assert lines[-2].split()[4] == f"{np.median(models):.2f}"
     assert lines[-1].split()[4] == f"{np.mean(models):.2f}"
-    assert f"vocals {model:.2f} ({model - mixture:+.2f}), acc" in describe_track(scored[0])
+    line = (
+        f"Track 0: SDR vocals {model:.2f} dB (gain {model - mixture:+.2f}, NaN 20%), accompaniment "
+    )
+    assert line in describe_track(scored[0])
 
-    assert usdr[0].startswith("uSDR in dB, of the whole track")
+    assert usdr[0].startswith("uSDR in dB, whole track (MDX challenges)")
     models = [track.record["uSDR"]["accompaniment"] for track in scored]
     mixtures = [track.record["mixture_uSDR"]["accompaniment"] for track in scored]
     assert usdr[3].split()[-3:-1] == [f"{mixtures[1]:.2f}", f"{models[1]:.2f}"]
@@ -236,6 +239,7 @@ def test_written_results_are_read_by_museval(scored, tmp_path):
     text = write_results(tmp_path, scored, {"Quiet": "silent", "Bad": "damaged"})
     assert (tmp_path / "results.txt").read_text() == text
     assert "Not scored: 2 of 5 tracks\n  Bad: damaged\n  Quiet: silent" in text
+    assert "Frames without a score (NaN): vocals 3 of 15 (20.0%), accompaniment 0 of 15" in text
     for aggregates in ("median over frames, median", "median over frames, mean", "mean over"):
         assert aggregates in text
     loaded, again = museval.EvalStore(), museval.EvalStore()

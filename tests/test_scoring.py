@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import RATE, TEST_NAMES, make_record, write_corpus
+from threadpoolctl import threadpool_info
 
 from local import scoring
 from local.config import UserError
@@ -171,7 +172,7 @@ def test_a_pool_scores_what_one_process_would(corpus, tmp_path, capsys):
         assert text == score_track(track, make_estimates(track))[0].json
         (found,) = (found for found in scored if found.name == track.name)
         assert found.record == load_track(out, track.name).record
-        assert f"{track.name}: SDR in dB, and gain over the mixture: vocals " in printed
+        assert f"{track.name}: SDR vocals " in printed
     assert [path.name for path in out.iterdir()] == ["test"]
 
 
@@ -193,6 +194,12 @@ def test_a_track_that_cannot_be_scored_leaves_the_others(corpus, tmp_path, capsy
         assert list(failures) == [quiet.name]
         assert f"{quiet.name}: not scored: an entire estimate is silent" in capsys.readouterr().err
         assert {path.stem for path in (out / "test").iterdir()} == {loud.name}
+
+
+def test_a_process_takes_one_core(tmp_path):
+    with ScoringPool(make_out(tmp_path), 1, "bsseval") as pool:
+        libraries = pool.processes.submit(threadpool_info).result()
+    assert {library["num_threads"] for library in libraries} == {1}
 
 
 def kill_a_process(pool: ScoringPool) -> None:
