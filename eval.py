@@ -1,23 +1,13 @@
 """Separate and score MUSDB18's test tracks: python eval.py --exp_dir EXP --out_dir OUT ..."""
 
-import os
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 
-from local.checkpoint import find_weights, sha256
+from local.checkpoint import find_weights, locked, sha256
 from local.config import (
     CHOICES,
     OneLineParser,
@@ -28,17 +18,17 @@ from local.config import (
     read_yaml,
 )
 from local.inference import separate
-from local.musdb18_dataset import Track
-from local.results import RESULTS, ScoredTrack, find_change, load_track, write_results
-from local.scoring import (
-    SCORERS,
-    PackedTrack,
-    ScoringPool,
-    choose_jobs,
-    open_test_set,
-    read_mixture,
-    remove_estimates,
+from local.ranks import Ranks, joined_ranks
+from local.references import TestTrack, describe_files, open_test_set, read_mixture
+from local.results import (
+    RESULTS,
+    ScoredTrack,
+    find_change,
+    load_track,
+    remove_track,
+    write_results,
 )
+from local.scoring import SCORERS, ScoringPool, choose_jobs, remove_estimates
 from local.separate import (
     add_method_flags,
     check_method,
@@ -51,16 +41,20 @@ from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
 
 SUFFIXES = CHOICES["suffix"]
-LONGEST_WAIT = timedelta(days=7)  # of a rank for the others, where none of them is lost
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     with clear_errors(parser.prog):
+        args = parser.parse_args(argv)
         try:
-            failures = evaluate(parser.parse_args(argv))
+            failures = evaluate(args)
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+            place = error.filename or args.exp_dir / args.out_dir
+            reason = error.strerror or f"cannot be written (is the disk full?): {error}"
+            raise UserError(f"{place}: {reason}") from None
     if failures:
         raise SystemExit(1)
 
@@ -90,28 +84,35 @@ def evaluate(args: Namespace) -> dict[str, str]:
 
     Raises:
         UserError, DatasetError: a fault of the arguments, the checkpoint or the files.
+        OSError: something cannot be written.
     """
     raise_together(find_faults(args))
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, ExitStack() as held:
         checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
         root, suffix = find_test_set(args)
         model = load_separator(checkpoint).to(choose_device(args, ranks))
         check_method(model, args)
         tracks = open_test_set(root, model.samplerate, suffix)
-        out = prepare_out(args.exp_dir / args.out_dir, [track.name for track in tracks])
-        remove_estimates(out, ranks.global_rank(), ranks.world_size())
-        if ranks.global_rank() == 0:
+        out = args.exp_dir / args.out_dir
+        kept, missing = [], {}
+        if ranks.rank == 0:
+            prepare_out(out, [track.name for track in tracks])
+            held.enter_context(locked(out))
+            remove_leftovers(out)
             print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
-        records = plan_records(tracks, args, describe_settings(args, checkpoint, root, suffix))
-        longest_first = sorted(tracks, key=lambda track: track.seconds, reverse=True)
-        share = longest_first[ranks.global_rank() :: ranks.world_size()]
-        share = {track: records[track] for track in share}
-        gathered = gather(ranks, score_share(share, out, model, args, ranks))
-        if ranks.global_rank() != 0:
+            records = plan_records(tracks, args, describe_settings(args, checkpoint))
+            kept, missing = find_scored(records, out)
+        longest_first = sorted(
+            ranks.broadcast(missing).items(), key=lambda item: item[0].seconds, reverse=True
+        )
+        share = dict(longest_first[ranks.rank :: ranks.count])
+        gathered = ranks.gather(score_share(share, out, model, args, ranks))
+        if ranks.rank != 0:
             return {}
-        scored = sorted((t for found, _ in gathered for t in found), key=lambda track: track.name)
+        scored = kept + [track for found, _ in gathered for track in found]
         failures = {name: reason for _, failed in gathered for name, reason in failed.items()}
-        print(f"\n{write_results(out, scored, failures)}\nAll of it is in {out}")
+        text = write_results(out, sorted(scored, key=lambda track: track.name), failures)
+        print(f"\n{text}\nAll of it is in {out}")
         return failures
 
 
@@ -157,64 +158,18 @@ def find_test_set(args: Namespace) -> tuple[Path, str]:
     return Path(str(root)), suffix
 
 
-@contextmanager
-def joined_ranks() -> Iterator[ClusterEnvironment]:
-    """This process among those that torchrun or srun started; by itself where none of them did.
-
-    Raises:
-        UserError: SLURM's variables are not those of an srun that Lightning supports.
-    """
-    kinds = (TorchElasticEnvironment, SLURMEnvironment)
-    try:
-        ranks = next((kind() for kind in kinds if kind.detect()), LightningEnvironment())
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
-    if ranks.world_size() == 1:
-        yield ranks
-        return
-    address = f"tcp://{ranks.main_address}:{ranks.main_port}"
-    dist.init_process_group(
-        "gloo",
-        init_method="env://" if isinstance(ranks, TorchElasticEnvironment) else address,
-        rank=ranks.global_rank(),
-        world_size=ranks.world_size(),
-        timeout=LONGEST_WAIT,
-    )
-    try:
-        yield ranks
-    finally:
-        dist.destroy_process_group()
-
-
-def gather(ranks: ClusterEnvironment, share) -> list:
-    """The shares of all ranks, on rank 0.
-
-    Raises:
-        UserError: a rank was lost.
-    """
-    if ranks.world_size() == 1:
-        return [share]
-    shares = [None] * ranks.world_size()
-    try:
-        dist.gather_object(share, shares if ranks.global_rank() == 0 else None)
-    except RuntimeError:
-        raise UserError(
-            "a process of this run was lost; the same command scores what is missing"
-        ) from None
-    return shares
-
-
-def choose_device(args: Namespace, ranks: ClusterEnvironment) -> torch.device:
+def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
     if not args.use_gpu:
         return torch.device("cpu")
-    return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def prepare_out(out: Path, names: list[str]) -> Path:
+def prepare_out(out: Path, names: list[str]) -> None:
     """Makes the folder for the results, and in it test/ for the scores per track.
 
     Raises:
-        UserError: it cannot be written, or holds scores of tracks that this run will not replace.
+        UserError: it cannot be written, holds scores of tracks that this run will not replace, or
+            a track has the name of one of its files.
     """
     scores = (out / "test").glob("*.json")
     others = sorted(path.name for path in scores if path.stem not in names)
@@ -223,13 +178,19 @@ def prepare_out(out: Path, names: list[str]) -> Path:
             f"--out_dir: {out} holds scores of another test set ({others[0]},"
             f" {len(others)} in all); name another --out_dir"
         )
+    if taken := set(RESULTS) & set(names):
+        raise UserError(f"--root: a track called {min(taken)} would replace the file of that name")
     try:
         (out / "test").mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
-            (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
-    return out
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the results of an earlier run, which hold until this one starts, but no scores."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+    remove_estimates(out)
 
 
 def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) -> str:
@@ -246,38 +207,38 @@ def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) ->
     )
 
 
-def describe_settings(args: Namespace, checkpoint, root: Path, suffix: str) -> dict:
-    """What decides about the scores: runs that have it in common give the same."""
+def describe_settings(args: Namespace, checkpoint: str | Path) -> dict:
+    """What decides about the scores of a track: runs that have it in common give the same."""
     window = {"segment": args.segment, "overlap": args.overlap}
     return {
         "checkpoint": sha256(find_weights(checkpoint)),
         "method": args.method,
         **(window if args.method == "overlap-add" else {}),
         "scorer": args.scorer,
-        "root": os.path.abspath(root),
-        "suffix": suffix,
     }
 
 
-def plan_records(tracks: list, args: Namespace, settings: dict) -> dict:
+def plan_records(tracks: list[TestTrack], args: Namespace, settings: dict) -> dict[TestTrack, dict]:
     """track -> the record that its scores are to have: see `results.save_track`."""
     kind = "FLOAT" if args.float32 else "PCM_16"
     count = len(tracks) if args.n_save_ex == -1 else args.n_save_ex
     return {
         track: {
             "made_with": settings,
-            "length": track.length,
+            "files": describe_files(track),
             "saved": kind if number < count else None,
         }
         for number, track in enumerate(tracks)
     }
 
 
-def find_scored(records: dict, out: Path) -> tuple[list[ScoredTrack], list]:
-    """(what OUT holds as this run would score it, the tracks that are to be scored), and says why
-    some are scored again.
+def find_scored(
+    records: dict[TestTrack, dict], out: Path
+) -> tuple[list[ScoredTrack], dict[TestTrack, dict]]:
+    """(what OUT holds as this run would score it, the records still to be made); says why some
+    tracks are scored again.
     """
-    kept, missing, reasons = [], [], {}
+    kept, missing, reasons = [], {}, {}
     for track, record in records.items():
         try:
             found = load_track(out, track.name)
@@ -285,7 +246,7 @@ def find_scored(records: dict, out: Path) -> tuple[list[ScoredTrack], list]:
         except ValueError as error:
             reason = str(error)
         if reason:
-            missing.append(track)
+            missing[track] = record
             reasons.setdefault(reason, []).append(track.name)
         else:
             kept.append(found)
@@ -298,32 +259,35 @@ def find_scored(records: dict, out: Path) -> tuple[list[ScoredTrack], list]:
 
 
 def score_share(
-    records: dict, out: Path, model: ConvTasNetStereo, args: Namespace, ranks: ClusterEnvironment
+    records: dict[TestTrack, dict],
+    out: Path,
+    model: ConvTasNetStereo,
+    args: Namespace,
+    ranks: Ranks,
 ) -> tuple[list[ScoredTrack], dict[str, str]]:
     """Separates and scores the tracks of a rank; separation does not wait for scores.
 
     Returns:
         (the scored tracks, those that failed and why).
     """
-    kept, missing = find_scored(records, out)
-    jobs = args.jobs or choose_jobs(missing, args.scorer)
-    with ScoringPool(out, jobs, args.scorer, ranks.global_rank()) as pool:
-        for number, track in enumerate(missing, start=1):
-            title = f"[{number}/{len(missing)}] {track.name}"
+    jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count)
+    with ScoringPool(out, jobs, args.scorer, ranks.rank) as pool:
+        for number, (track, record) in enumerate(records.items(), start=1):
+            title = f"[{number}/{len(records)}] {track.name}"
             try:
                 estimates = separate_track(track, model, args, title)
             except ValueError as error:  # it cannot be read, or its estimates are not finite
                 pool.fail(track, error)
                 continue
-            if records[track]["saved"]:
+            remove_track(out, track.name)  # else a run that ends here would leave old scores to it
+            if record["saved"]:
                 save_estimates(out / track.name, estimates, track.rate, args.float32)
-            pool.submit(track, estimates, records[track])
-        scored, failures = pool.finish()
-    return kept + scored, failures
+            pool.submit(track, estimates, record)
+        return pool.finish()
 
 
 def separate_track(
-    track: Track | PackedTrack, model: ConvTasNetStereo, args: Namespace, title: str
+    track: TestTrack, model: ConvTasNetStereo, args: Namespace, title: str
 ) -> dict[str, np.ndarray]:
     """target -> (2, T) estimate.
 

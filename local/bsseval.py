@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import irfft, rfft
 
+RATIOS = ("SDR", "ISR", "SIR", "SAR")  # in the order in which museval returns them
 TAPS = 512  # of the distortion filters
 BLOCK = 4096  # samples in a transform
 STEP = BLOCK - TAPS + 1  # of them without circular convolution
@@ -37,7 +38,8 @@ def bss_eval(
 
     Raises:
         ValueError: the shapes differ, a source is silent from beginning to end (or its channels
-            cancel out), or there are no frames of that size.
+            cancel out), there are no frames of that size, or (unlike museval) there is NaN or
+            infinity.
     """
     references, estimates = np.atleast_3d(references), np.atleast_3d(estimates)
     estimates = _fit_length(estimates, references.shape[1])
@@ -141,6 +143,10 @@ def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.n
     sources, _, channels = references.shape
     count = sources * channels
     lags = _correlate(references, estimates)
+    if not np.isfinite(lags).all():
+        raise ValueError(
+            "a reference or an estimate holds NaN, infinity, or squares beyond float64"
+        )
     gram = _gram(lags[:, :count])
     targets = lags[:, count:].transpose(0, 2, 1).reshape(count * TAPS, count)
     own = np.zeros_like(targets)

@@ -1,5 +1,6 @@
 """Models on disk: one way in for every kind of checkpoint, and atomic ways out."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -42,6 +43,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process; when it ends, however it ends, the folder is free again.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use: another run writes to it") from None
+        except OSError:
+            pass  # some network file systems know no locks
+        yield
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,6 @@ differences. The published SDR of the tracks that a RUN holds stands beside them
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +16,8 @@ from scipy.stats import bootstrap
 
 from local.checkpoint import atomic_path
 from local.config import OneLineParser, UserError, clear_errors, plural, raise_together
-from local.musdb18_dataset import SOURCES
-from local.results import METRICS, TARGETS, read_scores
+from local.musdb18_dataset import SOURCES, TARGETS
+from local.results import METRICS, read_scores
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 PUBLISHED_ORIGIN = "published, not computed here: SDR of whole tracks through the model at once"
@@ -37,15 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     add("-o", "--out", type=Path, default="comparison", help="folder to write to [%(default)s]")
     add("--targets", nargs="+", metavar="TARGET", help="to compare, after the RUNs [all]")
     add("--no_published", action="store_true", help="leave the published scores out")
-    if sys.stdout:  # which may be closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # it need not be UTF-8
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
         text = compare(args.runs, args.out, args.targets, not args.no_published)
-    try:
-        print(f"{text}\nWritten to {printable(args.out)}: {', '.join(FILES)}", flush=True)
-    except BrokenPipeError:  # of a reader such as head; all of it is in a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{text}\nWritten to {printable(args.out)}: {', '.join(FILES)}")
 
 
 def compare(

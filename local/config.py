@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import io
 import math
+import os
 import re
 import sys
 import warnings
@@ -19,6 +21,7 @@ from local.training import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+CLOSED_PIPE = 141  # and to a command whose reader has gone
 
 # The type of every key. conf.yml is there to be edited, so it cannot also be what it is held to.
 SCHEMA = {
@@ -104,8 +107,17 @@ class OneLineParser(argparse.ArgumentParser):
 @contextmanager
 def clear_errors(command: str) -> Iterator[None]:
     """Ends `command` with its UserError or DatasetError on stderr and exit status 2."""
+    has_stdout = isinstance(sys.stdout, io.TextIOWrapper)  # it may be closed
+    if has_stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in its encoding
     try:
         yield
+        if has_stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python would complain that it cannot flush what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(CLOSED_PIPE) from None
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -21,6 +21,8 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 # In the order in which the published recipe stacks them as targets.
 SOURCES = ("vocals", "bass", "drums", "other")
+# What songs are separated into, as museval names it.
+TARGETS = ("vocals", "accompaniment")
 
 # musdb's own list (its configs/mus.yaml); importing musdb needs ffmpeg, which training does not.
 VALIDATION_TRACKS = (

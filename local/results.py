@@ -7,6 +7,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import numpy as np
 import yaml
 
 from local.checkpoint import atomic_path
+from local.musdb18_dataset import TARGETS
 
-TARGETS = ("vocals", "accompaniment")
 METRICS = ("SDR", "SIR", "ISR", "SAR")
 RESULTS = ("results.txt", "results.csv", "results.pandas")
+AGGREGATES = {"median": np.nanmedian, "mean": np.nanmean}
 
 Scores = dict[str, dict[str, np.ndarray]]
 
@@ -75,10 +77,11 @@ def save_track(out: Path, store, record: dict) -> None:
 
     Args:
         store: a museval.TrackStore.
-        record: "made_with", whatever decides about the numbers; "length" of the track and number
-            of "frames"; the format in which its audio was "saved", or None; "mixture_SDR",
-            target -> {"median", "mean"} over frames of the untouched mixture's SDR; "uSDR" and
-            "mixture_uSDR", target -> SDR of the whole track. All in dB.
+        record: "made_with", whatever decides about the numbers; "files", those of the track as
+            `references.describe_files` has them; the format in which its audio was "saved", or
+            None; number of "frames"; "mixture_SDR", target -> {"median", "mean"} over frames of the
+            untouched mixture's SDR; "uSDR" and "mixture_uSDR", target -> SDR of the whole track.
+            All in dB.
     """
     store.validate()
     path = out / "test" / f"{store.track_name}.json"
@@ -118,10 +121,18 @@ def _seal(scores: Path, record: dict) -> str:
 
 
 def remove_track(out: Path, name: str) -> None:
-    """Removes what `save_track` wrote, if it did."""
+    """Removes the scores of a track, their record and its audio, as far as they are there."""
     path = out / "test" / f"{name}.json"
-    for file in (path, _record_path(path)):
+    audio = _audio_paths(out, name)
+    unfinished = [file.with_name(f".{file.name}.tmp") for file in audio]
+    for file in (path, _record_path(path), *audio, *unfinished):
         file.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or holds files of others
+        (out / name).rmdir()
+
+
+def _audio_paths(out: Path, name: str) -> list[Path]:
+    return [out / name / f"{target}.wav" for target in TARGETS]
 
 
 def _record_path(scores: Path) -> Path:
@@ -132,7 +143,7 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     """Why scores in OUT are not those that a run would make; nothing where they are.
 
     Args:
-        wanted: "made_with", "length" and "saved" of the record that the run would write.
+        wanted: "made_with", "files" and "saved" of the record that the run would write.
     """
     made_with = found.record["made_with"]
     if made_with.get("checkpoint") != wanted["made_with"]["checkpoint"]:
@@ -141,13 +152,13 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
         before, now = made_with.get(key), wanted["made_with"].get(key)
         if before != now:
             return f"made with {key} {before}, not {now}"
-    if found.record["length"] != wanted["length"]:
-        return "the track has another length now"
+    if found.record["files"] != wanted["files"]:
+        return "its files have changed"
     if any(len(found.scores.get(t, {}).get("SDR", ())) != found.record["frames"] for t in TARGETS):
         return "frames of it are missing"
-    audio = [out / found.name / f"{target}.wav" for target in TARGETS]
+    audio = _audio_paths(out, found.name)
     is_saved = found.record["saved"] == wanted["saved"] and all(file.is_file() for file in audio)
-    return "its audio was not saved" if wanted["saved"] and not is_saved else ""
+    return f"not saved as {wanted['saved']}" if wanted["saved"] and not is_saved else ""
 
 
 def describe_track(track: ScoredTrack) -> str:
@@ -174,6 +185,11 @@ def aggregate(function: Callable, values: np.ndarray, axis: int | None = None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return function(values, axis=axis)
+
+
+def summarise(frames: np.ndarray) -> dict[str, float]:
+    """(frames,) dB -> {"median", "mean"}."""
+    return {name: float(aggregate(function, frames)) for name, function in AGGREGATES.items()}
 
 
 def write_results(out: Path, scored: list[ScoredTrack], failures: dict[str, str]) -> str:
@@ -256,17 +272,17 @@ def _table(title: str, heading: str, form: str, rows: dict[str, list[tuple]]) ->
 
 
 def _write_csv(path: Path, scored: list[ScoredTrack]) -> None:
-    aggregates = {"median": np.nanmedian, "mean": np.nanmean}
+    columns = [f"{metric}_{name}" for name in AGGREGATES for metric in METRICS]
+    columns += [f"mixture_SDR_{name}" for name in AGGREGATES] + ["uSDR", "mixture_uSDR"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        columns = [f"{metric}_{name}" for name in aggregates for metric in METRICS]
-        columns += [f"mixture_SDR_{name}" for name in aggregates] + ["uSDR", "mixture_uSDR"]
         writer.writerow(["track", "target", *columns, "frames", "nan_share"])
         for track in scored:
             for target in TARGETS:
                 frames = track.scores[target]
-                values = [aggregate(f, frames[m]) for f in aggregates.values() for m in METRICS]
-                values += [track.record["mixture_SDR"][target][name] for name in aggregates]
+                summaries = {metric: summarise(frames[metric]) for metric in METRICS}
+                values = [summaries[metric][name] for name in AGGREGATES for metric in METRICS]
+                values += [track.record["mixture_SDR"][target][name] for name in AGGREGATES]
                 values += [track.record[name][target] for name in ("uSDR", "mixture_uSDR")]
                 values.append(track.nan_share(target))
                 shown = [f"{value:.5f}" for value in values]

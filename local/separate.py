@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from local.checkpoint import atomic_path, load_model
 from local.config import (
+    CLOSED_PIPE,
     INTERRUPTED,
     OneLineParser,
     UserError,
@@ -35,24 +36,21 @@ from local.config import (
     raise_together,
 )
 from local.inference import METHODS, OVERLAP, SEGMENT, separate
+from local.musdb18_dataset import TARGETS
 from local.stems import need_ffmpeg
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
 
-TARGETS = ("vocals", "accompaniment")
 # What counts as a song in a folder; a file that is named itself may be called anything.
 SUFFIXES = frozenset(
     ".aac .ac3 .aif .aifc .aiff .alac .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3"
     " .mp4 .mpc .oga .ogg .opus .tta .w64 .wav .webm .wma .wv".split()
 )
-CLOSED_PIPE = 141  # the exit status that shells give to a filter whose reader has gone
 PIPE_SIZE = 2**16  # bytes
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    if sys.stdout:  # which may be closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
         raise_together(find_faults(args))

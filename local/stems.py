@@ -43,6 +43,14 @@ def track_name(stem_file: Path) -> str:
     return stem_file.name.removesuffix(SUFFIX)
 
 
+def probe_rate(stem_file: Path) -> int | None:
+    """The sampling rate of a file in Hz; None where there is nothing that ffprobe can read."""
+    command = ["ffprobe", "-loglevel", "error", "-select_streams", "a:0"]
+    command += ["-show_entries", "stream=sample_rate", "-of", "csv=p=0", stem_file]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return int(shown) if shown.isdecimal() else None
+
+
 def need_ffmpeg() -> None:
     """Raises a UserError where ffmpeg or ffprobe is not on the PATH."""
     missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]

@@ -812,7 +812,9 @@ def measure_scorer(folder: Path, scorer: str) -> dict:
 def pool_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:
     import numpy as np
 
-    from local.scoring import TARGETS, ScoringPool, open_test_set, read_track
+    from local.musdb18_dataset import TARGETS
+    from local.references import open_test_set, read_track
+    from local.scoring import ScoringPool
 
     write_noise(folder, "test", args.tracks, max(args.lengths))
     (folder / "out" / "test").mkdir(parents=True)

@@ -205,6 +205,15 @@ def test_a_silent_source_is_named(name, which):
         bss_eval(*signals)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(value):
+    for which in (0, 1):
+        signals = make_signals((2, 9000, 2))
+        signals[which][1, 8999, 0] = value
+        with pytest.raises(ValueError, match="holds NaN, infinity"):
+            bss_eval(*signals)
+
+
 def test_time_invariant_filters_are_no_artifact():
     """Each source through filters of its own: spatial distortion, and nothing else."""
     rng = np.random.default_rng(0)

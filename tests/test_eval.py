@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 import eval as evaluation
 import train
-from local.checkpoint import load_model
+from local.checkpoint import load_model, locked
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
 
@@ -177,9 +178,16 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, but for the pickled table, which keeps no order of its columns."""
+    """All that a run leaves, but for the pickled table, which keeps no order of its columns, and
+    the time in the head of a 32-bit wav.
+    """
     files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".pandas")
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+    return {
+        str(path.relative_to(out)): (
+            sf.read(path)[0].tobytes() if path.suffix == ".wav" else path.read_bytes()
+        )
+        for path in files
+    }
 
 
 def test_a_second_run_keeps_what_it_would_make_again(results, experiment, tmp_path, capsys):
@@ -199,7 +207,7 @@ def test_a_second_run_keeps_what_it_would_make_again(results, experiment, tmp_pa
         (["--method", "full"], "made with method overlap-add, not full"),
         (["--overlap", "0.2"], "made with overlap 0.1, not 0.2"),
         (["--scorer", "museval"], "made with scorer bsseval, not museval"),
-        (["--float32"], "its audio was not saved"),
+        (["--float32"], "not saved as FLOAT"),
     ],
 )
 def test_other_settings_score_all_tracks_again(results, flags, reason, tmp_path, capsys):
@@ -221,13 +229,64 @@ def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, ca
     evaluate("--exp_dir", out.parent, "--out_dir", copy)
     printed = capsys.readouterr().out
     assert f"1 track to score again, nothing says what made its scores: {first}\n" in printed
-    assert f"1 track to score again, its audio was not saved: {second}\n" in printed
+    assert f"1 track to score again, not saved as PCM_16: {second}\n" in printed
     assert contents(copy) == contents(out)
 
     content = torch.load(out.parent / "best_model.pth", weights_only=True)
     torch.save({**content, "epoch": 9}, tmp_path / "other.pth")
     evaluate("--exp_dir", out.parent, "--out_dir", copy, "--checkpoint", tmp_path / "other.pth")
     assert "2 tracks to score again, made with another checkpoint" in capsys.readouterr().out
+
+
+def test_replaced_files_are_scored_again(experiment, own_corpus, tmp_path, capsys):
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    evaluate(*flags)
+    first, second = (own_corpus / "test" / name for name in sorted(TEST_NAMES))
+    shutil.copy(second / "bass.wav", first / "bass.wav")
+    evaluate(*flags)
+    printed = capsys.readouterr().out
+    assert f"1 track to score again, its files have changed: {first.name}\n" in printed
+    evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "new", "--root", own_corpus)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_audio_of_another_run_does_not_stay_beside_scores(results, tmp_path):
+    out, _ = results
+    copy = shutil.copytree(out, tmp_path / "out")
+    evaluate("--exp_dir", out.parent, "--out_dir", copy, "--method", "full", "--n_save_ex", 0)
+    assert not any(copy.rglob("*.wav"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_ends_after_its_audio_leaves_no_older_scores_to_it(
+    results, tmp_path, monkeypatch
+):
+    def save_and_end(*args):
+        save(*args)
+        raise Killed
+
+    out, _ = results
+    copy, save = shutil.copytree(out, tmp_path / "out"), evaluation.save_estimates
+    flags = ["--exp_dir", out.parent, "--out_dir", copy]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluation, "save_estimates", save_and_end)
+        evaluate(*flags, "--method", "full")
+    assert len(list(copy.glob("test/*.json"))) == 1
+    evaluate(*flags)
+    assert contents(copy) == contents(out)
+
+
+def test_two_runs_into_one_folder_are_refused(experiment, tmp_path, error_of):
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out"]
+    evaluate(*flags)
+    before = contents(tmp_path / "out")
+    with locked(tmp_path / "out"):
+        assert "out is in use: another run writes to it" in error_of(evaluation.main, *flags)
+    assert contents(tmp_path / "out") == before
+    evaluate(*flags)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +403,7 @@ def test_what_a_dead_rank_leaves_is_scored_by_the_next_run(
     kill(second)
     printed, _ = first.communicate(timeout=300)
     assert first.returncode == 2
-    assert "a process of this run was lost; the same command scores what is missing" in printed
+    assert "a process of this run was lost; the same command goes on where it ended" in printed
     assert "Traceback" not in printed
     assert not (out / "results.txt").exists()
     kept = list(out.glob("test/*.json"))
@@ -494,6 +553,46 @@ def test_a_diverged_model_is_refused(experiment, tmp_path, error_of):
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out"]
     error = error_of(evaluation.main, *flags, "--checkpoint", tmp_path / "nan.pth")
     assert "its weights hold NaN or infinity" in error
+
+
+def test_a_full_disk_is_named(experiment, tmp_path):
+    """As a limit on the size of files has it, which numpy and json meet in their own ways."""
+    for limit, samples in {20: 10, 1: 0}.items():  # kB of a file
+        out = tmp_path / str(limit)
+        command = f"ulimit -f {limit}; exec {shlex.quote(sys.executable)} {ROOT / 'eval.py'}"
+        command += f" --exp_dir {experiment} --out_dir {out} --n_save_ex {samples}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert re.search(rf"eval.py: error: {out}.*: .*(disk full|too large)", result.stderr)
+        assert "Traceback" not in result.stderr
+        assert not any(out.rglob("*.np[yz]"))
+
+
+def test_names_that_the_terminal_cannot_show(experiment, own_corpus, tmp_path):
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Été")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    process = start(ROOT / "eval.py", *flags, PYTHONIOENCODING="ascii")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "\\xc9t\\xe9: SDR vocals" in printed
+
+
+def test_a_reader_that_has_gone(results, tmp_path):
+    out, _ = results
+    command = [sys.executable, ROOT / "eval.py", "--exp_dir", out.parent, "--out_dir", out]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert error == ""
+
+
+@pytest.mark.parametrize("name", ["results.txt", "results.csv"])
+def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_path, error_of):
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / name)
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    assert f"a track called {name} would replace" in error_of(evaluation.main, *flags)
 
 
 def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):

@@ -9,10 +9,10 @@ from conftest import SHARED, make_record, needs_golden
 from hypothesis import given
 from hypothesis import strategies as st
 
+from local.musdb18_dataset import TARGETS
 from local.results import (
     METRICS,
     RESULTS,
-    TARGETS,
     ScoredTrack,
     describe_track,
     find_change,
@@ -28,10 +28,6 @@ from local.results import (
 
 FRAMES = 5
 DAMAGED = "its scores or their record are damaged"
-
-
-class Length:
-    length = 40_000
 
 
 def make_scores(seed: int, frames=FRAMES) -> dict:
@@ -58,7 +54,7 @@ def make_extras(seed: int) -> dict:
 
 def save(out: Path, name="M.E.R.C. Music - Knockout", seed=0, **changes) -> ScoredTrack:
     (out / "test").mkdir(parents=True, exist_ok=True)
-    record = {**make_record(Length), **make_extras(seed), **changes}
+    record = {**make_record(), **make_extras(seed), **changes}
     save_track(out, make_track_store(name, make_scores(seed)), record)
     return load_track(out, name)
 
@@ -84,9 +80,19 @@ def test_what_is_saved_is_loaded(name, tmp_path):
     store = museval.EvalStore()
     store.add_eval_dir(str(tmp_path))
     assert set(store.df["track"]) == {name}
-    remove_track(tmp_path, name)
-    assert load_track(tmp_path, name) is None
-    assert not any((tmp_path / "test").iterdir())
+
+
+def test_nothing_of_a_removed_track_is_left_but_what_others_put_there(tmp_path):
+    for name in ("one", "two"):
+        save(tmp_path, name)
+        (tmp_path / name).mkdir()
+        for file in ("vocals.wav", "accompaniment.wav", ".vocals.wav.tmp"):
+            (tmp_path / name / file).touch()
+    (tmp_path / "two" / "notes.txt").touch()
+    for name in ("one", "two", "three"):
+        remove_track(tmp_path, name)
+        assert load_track(tmp_path, name) is None
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "test", "two"]
 
 
 def cut(path: Path) -> None:
@@ -140,24 +146,24 @@ def made_with(**settings) -> dict:
         (made_with(checkpoint="1" * 64), "made with another checkpoint"),
         (made_with(method="stream"), "made with method full, not stream"),
         (made_with(segment=3.0), "made with segment None, not 3.0"),
-        ({"length": 40_001}, "the track has another length now"),
-        ({"saved": "PCM_16"}, "its audio was not saved"),
+        ({"files": {"mixture.wav": [1, 3]}}, "its files have changed"),
+        ({"saved": "PCM_16"}, "not saved as PCM_16"),
     ],
 )
 def test_scores_are_kept_only_where_nothing_has_changed(change, words, tmp_path):
     found = save(tmp_path)
-    assert find_change(tmp_path, found, {**make_record(Length), **change}) == words
+    assert find_change(tmp_path, found, {**make_record(), **change}) == words
 
 
 def test_missing_frames_and_missing_audio_are_a_change(tmp_path):
-    found, wanted = save(tmp_path, "T", saved="PCM_16"), make_record(Length, saved="PCM_16")
-    assert find_change(tmp_path, found, wanted) == "its audio was not saved"
+    found, wanted = save(tmp_path, "T", saved="PCM_16"), make_record(saved="PCM_16")
+    assert find_change(tmp_path, found, wanted) == "not saved as PCM_16"
     (tmp_path / "T").mkdir()
     for target in TARGETS:
         (tmp_path / "T" / f"{target}.wav").touch()
     assert find_change(tmp_path, found, wanted) == ""
-    assert find_change(tmp_path, found, make_record(Length)) == ""  # saved, and need not be
-    assert "not saved" in find_change(tmp_path, found, make_record(Length, saved="FLOAT"))
+    assert find_change(tmp_path, found, make_record()) == ""  # saved, and need not be
+    assert find_change(tmp_path, found, make_record(saved="FLOAT")) == "not saved as FLOAT"
     del found.scores["vocals"]
     assert find_change(tmp_path, found, wanted) == "frames of it are missing"
 
