@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -20,11 +21,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from local.checkpoint import atomic_path
+from local.checkpoint import atomic_path, locked
 from local.config import (
+    CHOICES,
     INTERRUPTED,
     UserError,
     clear_errors,
+    count_parameters,
     find_faults,
     make_model,
     parse_conf,
@@ -32,14 +35,17 @@ from local.config import (
     raise_together,
 )
 from local.musdb18_dataset import (
+    DatasetError,
     EpochSampler,
     RankSampler,
     SegmentDataset,
+    Track,
     TrackDataset,
     find_tracks,
     keep_batch,
     split_validation,
 )
+from local.preflight import check_ends, describe_disk, describe_versions, find_place_faults
 from local.progress import Forecast, ProgressBar
 from local.system import BestCheckpoints, MusicSystem
 
@@ -52,30 +58,60 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(conf: dict) -> None:
-    """Trains as configured; everything it writes goes to exp_dir.
+    """Trains as configured; everything it writes goes to exp_dir. With --check, all but that.
 
     Raises:
         UserError, DatasetError: a fault of the configuration, the data or exp_dir. All but those
-            that only reading the audio can show come before anything is written.
+            that only reading all of the audio can show come before anything is written.
     """
-    exp_dir = Path(conf["main_args"]["exp_dir"])
-    faults = find_faults(conf)
-    if rank_zero_only.rank == 0 and is_used(exp_dir):
+    exp_dir, check_only = Path(conf["main_args"]["exp_dir"]), conf["main_args"].pop("check", False)
+    train_set, valid_set = check(conf)
+    pl.seed_everything(conf["training"]["seed"], verbose=False)
+    trainer = make_trainer(conf, len(train_set), len(valid_set))
+    model = make_model(conf)
+    description = describe_run(conf, model, train_set, valid_set, trainer)
+    if check_only:
+        print(f"{description}\nnothing was found that would stop this run; nothing was written")
+        return
+    with ExitStack() as held:
+        if trainer.is_global_zero:
+            make_folder(exp_dir)
+            held.enter_context(locked(exp_dir))
+            write_conf(conf)
+            print(description, flush=True)
+        system = make_system(conf, model, train_set, valid_set)
+        fit(trainer, system)
+        if trainer.is_global_zero:
+            print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
+
+
+def check(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
+    """Training segments and validation tracks, after a look at all that a run needs.
+
+    Raises:
+        UserError: lists the faults of the configuration, of the files under its root, and of the
+            place for what the run writes.
+    """
+    exp_dir, data = Path(conf["main_args"]["exp_dir"]), conf["data"]
+    faults, datasets = find_faults(conf), None
+    is_valid, is_first = not faults, rank_zero_only.rank == 0
+    if is_first and is_used(exp_dir):
         faults.append(
             f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
         )
+    if is_first and conf["main_args"]["exp_dir"]:
+        faults += find_place_faults(exp_dir, count_parameters(conf) if is_valid else 0)
+    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in CHOICES["suffix"]:
+        try:
+            tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
+            if is_first:  # the others would read the same
+                check_ends(Path(data["root"]), tracks)
+            if is_valid:
+                datasets = make_datasets(conf, tracks)
+        except DatasetError as error:
+            faults.append(str(error).replace("\n", "\n  ") if faults else str(error))
     raise_together(faults)
-    pl.seed_everything(conf["training"]["seed"], verbose=False)
-    train_set, valid_set = make_datasets(conf)
-    trainer = make_trainer(conf, len(train_set), len(valid_set))
-    model = make_model(conf)
-    if trainer.is_global_zero:
-        start_experiment(conf)
-        print(describe_run(conf, model, train_set, valid_set, trainer), flush=True)
-    system = make_system(conf, model, train_set, valid_set)
-    fit(trainer, system)
-    if trainer.is_global_zero:
-        print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
+    return datasets
 
 
 def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
@@ -141,10 +177,13 @@ def advise_on_memory(system: MusicSystem) -> str:
     return f"out of memory in training; these need less: {', '.join(flags)}"
 
 
-def make_datasets(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
-    """Training segments and validation tracks, after a look at the header of every file."""
+def make_datasets(conf: dict, tracks: list[Track]) -> tuple[SegmentDataset, TrackDataset]:
+    """Training segments and validation tracks.
+
+    Raises:
+        DatasetError: a track is shorter than a segment, or there is nothing to validate on.
+    """
     data = conf["data"]
-    tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
     names = Path(data["valid_tracks"]) if data["valid_tracks"] else None
     training, validation = split_validation(tracks, names)
     if data["max_valid_tracks"] > 0:
@@ -273,18 +312,24 @@ def is_used(exp_dir: Path) -> bool:
     return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/*.ckpt"))
 
 
-def start_experiment(conf: dict) -> None:
-    """Makes exp_dir and its conf.yml, which holds all that is needed to rebuild the run.
+def make_folder(exp_dir: Path) -> None:
+    try:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--exp_dir: {exp_dir} cannot be written: {error.strerror}") from None
+
+
+def write_conf(conf: dict) -> None:
+    """Writes EXP/conf.yml, which holds all that is needed to rebuild the run.
 
     Raises:
-        UserError: exp_dir cannot be written.
+        UserError: it cannot be written.
     """
     exp_dir = Path(conf["main_args"]["exp_dir"])
     for key in ("root", "valid_tracks"):  # the run can be rebuilt from any folder
         if conf["data"][key]:
             conf["data"][key] = str(Path(conf["data"][key]).absolute())
     try:
-        exp_dir.mkdir(parents=True, exist_ok=True)
         with atomic_path(exp_dir / "conf.yml") as temporary:
             text = yaml.safe_dump(conf, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
@@ -295,6 +340,7 @@ def start_experiment(conf: dict) -> None:
 def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -> str:
     """What will be trained on what, for the first screen."""
     training, data, network = conf["training"], conf["data"], conf["convtasnet"]
+    exp_dir = Path(conf["main_args"]["exp_dir"])
     batches = len(train_set) // trainer.world_size // training["batch_size"]
     direction = "causal" if network["causal"] else "non-causal"
     halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
@@ -313,7 +359,8 @@ def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -
         "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
         "devices": f"{_devices(trainer)}, precision {training['precision']},"
         f" memory {training['memory']}, compile {training['compile']}",
-        "output": conf["main_args"]["exp_dir"],
+        "versions": describe_versions(),
+        "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
     }
     return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
 

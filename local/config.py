@@ -20,6 +20,7 @@ from local.tasnet import ConvTasNetStereo
 from local.training import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
+CHECK_HELP = "look at the files, the disk and the devices, say what the run would be, and end"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 CLOSED_PIPE = 141  # and to a command whose reader has gone
 
@@ -157,7 +158,8 @@ def import_asteroid(module: str):
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
-    """conf.yml overridden by the flags, as a dictionary of sections.
+    """conf.yml overridden by the flags, as a dictionary of sections; beside exp_dir, it says
+    whether to "check" the run only.
 
     What the values mean is left to `find_faults`.
 
@@ -172,6 +174,7 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     )
     exp_dir = conf.pop("main_args")["exp_dir"]
     parser.add_argument("--exp_dir", default=exp_dir)
+    parser.add_argument("--check", action="store_true", help=CHECK_HELP)
     parser.add_argument("--n_src", dest="C", type=int, default=argparse.SUPPRESS, metavar="C")
     parser_utils.prepare_parser_from_dict(conf, parser=parser)
     _keep_text(parser)
@@ -179,7 +182,7 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     parsed = parser_utils.parse_args_as_dict(parser, args=argv)
     # asteroid's result also holds leftovers of argparse: help and an empty positional group.
     conf = {section: parsed[section] for section in conf}
-    conf["main_args"] = {"exp_dir": parsed["main_args"]["exp_dir"]}
+    conf["main_args"] = {name: parsed["main_args"][name] for name in ("exp_dir", "check")}
     return conf
 
 
@@ -280,11 +283,20 @@ def make_model(conf: dict) -> ConvTasNetStereo:
     return ConvTasNetStereo(**model_args(conf))
 
 
+def count_parameters(conf: dict) -> int:
+    """Those of the model of a valid configuration."""
+    return sum(parameter.numel() for parameter in _make_meta_model(conf).parameters())
+
+
+def _make_meta_model(conf: dict) -> ConvTasNetStereo:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # making the model in earnest warns
+        return make_model(conf)
+
+
 def _model_faults(conf: dict) -> list[str]:
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # making the model in earnest warns
-            make_model(conf)
+        _make_meta_model(conf)
     except ValueError as error:
         return [f"--{fault}" for fault in str(error).split("; ")]
     return []

@@ -6,6 +6,7 @@ random gains, random swaps of the channels.
 """
 
 import os
+import re
 import shlex
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,8 @@ VALIDATION_TRACKS = (
     "Traffic Experiment - Sirens",
 )
 MOST_FAULTS_SHOWN = 20
+# Control characters and line breaks; surrogates stand for bytes that are not UTF-8.
+UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class DatasetError(ValueError):
@@ -91,7 +94,8 @@ class Track:
             frames = self._read_pcm16(path, start, expected)
             if frames is not None:
                 return frames.T, np.float32(1 / 32768)
-            frames, _ = sf.read(path, length, start, dtype="float32", always_2d=True)
+            name = os.fsencode(path)
+            frames, _ = sf.read(name, length, start, dtype="float32", always_2d=True)
         except (OSError, sf.LibsndfileError) as error:
             raise DatasetError(f"{path}: cannot be read: {error}") from None
         if len(frames) != expected:
@@ -168,18 +172,30 @@ def find_tracks(
             " folder that train/ and test/ are in"
         )
     # Hidden folders are half-made tracks and the litter of file browsers.
-    folders = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir()]
-    if not folders:
+    entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    folders = [path for path in entries if path.is_dir()]
+    links = [path for path in entries if path.is_symlink() and not path.exists()]
+    if not folders and not links:
         if any(folder.glob("*.stem.mp4")):
             raise DatasetError(
                 f"--root: {root} holds .stem.mp4 files; decode them once, with"
                 f" python -m local.stems {shlex.quote(str(root))} OUT, and use --root OUT"
             )
         raise DatasetError(f"--root: {folder} holds no tracks, TRACK/vocals.{suffix}")
-    faults = []
+    faults = [f"{split}/{path.name}: a link that leads nowhere" for path in links]
+    faults += find_name_faults(path.name for path in folders)
     tracks = [_open_track(path, rate, suffix, sources, faults) for path in folders]
     raise_dataset_faults(root, faults)
     return tracks
+
+
+def find_name_faults(names: Iterable[str]) -> list[str]:
+    """The names of tracks that no text file or terminal could hold as they are, a line each."""
+    return [
+        f"{ascii(name)}: rename it; its name holds control characters or is not UTF-8"
+        for name in names
+        if UNFIT_FOR_NAMES.search(name)
+    ]
 
 
 def _open_track(
@@ -198,7 +214,7 @@ def _open_track(
             faults.append(f"{where}/{name}: missing{hint}")
             continue
         try:
-            info = sf.info(path)
+            info = sf.info(os.fsencode(path))
         except (OSError, sf.LibsndfileError) as error:
             faults.append(f"{where}/{name}: cannot be read: {_reason(error)}")
             continue

@@ -1,5 +1,6 @@
 """The test tracks: the samples that musdb gives, from wav, flac or .stem.mp4 files."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from local.musdb18_dataset import SOURCES, DatasetError, Track, find_tracks
+from local.musdb18_dataset import (
+    SOURCES,
+    DatasetError,
+    Track,
+    find_name_faults,
+    find_tracks,
+    raise_dataset_faults,
+)
 from local.stems import STREAMS, decode_track, need_ffmpeg, probe_rate, stem_files, track_name
 
 FILES = ("mixture", *SOURCES)
@@ -48,6 +56,7 @@ def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
     if not packed or folders:
         return find_tracks(root, "test", rate, suffix, FILES)
     need_ffmpeg()
+    raise_dataset_faults(root, find_name_faults(track_name(path) for path in packed))
     found = probe_rate(packed[0])
     if found not in (rate, None):
         raise DatasetError(f"--root: {packed[0]}: expected {rate} Hz, the model's, got {found} Hz")
@@ -101,7 +110,7 @@ def unpacked(track: Track | PackedTrack, names: Sequence[str]) -> Iterator[Track
 
 def _read_16_bit(track: Track, name: str) -> np.ndarray:
     # As ffmpeg converts for musdb: it rounds floats, and drops the low bits of longer integers.
-    audio, kind = track.read(name), sf.info(track.path(name)).subtype
+    audio, kind = track.read(name), sf.info(os.fsencode(track.path(name))).subtype
     if kind == "PCM_16":
         return audio
     to_integer = np.rint if kind in ("FLOAT", "DOUBLE") else np.floor

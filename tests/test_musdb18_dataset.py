@@ -276,6 +276,70 @@ def test_the_other_suffix_is_pointed_at(tmp_path):
     assert find_tracks(tmp_path, "train", RATE, suffix="flac")
 
 
+def header(rate=RATE, channels=2, samples=12_000) -> bytes:
+    """A 16-bit wav that says so much, and holds nothing."""
+    width = 2 * channels
+    layout = struct.pack("<IHHIIHH", 16, 1, channels, rate, width * rate % 2**32, width, 16)
+    size = width * samples % 2**32
+    return (
+        b"RIFF"
+        + struct.pack("<I", 2**32 - 1)
+        + b"WAVEfmt "
+        + layout
+        + b"data"
+        + struct.pack("<I", size)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"RIFF", "cannot be read"),
+        (header(channels=0), "cannot be read"),
+        (header(), "no samples"),
+        (header(samples=2**30 - 1), "no samples"),
+        (header(rate=2**31 - 1), "expected 8000 Hz .*, got 2147483647 Hz"),
+        (header(channels=1000), "expected 2 channels, got 1000|cannot be read"),
+    ],
+    ids=["empty", "cut", "no channels", "nothing", "huge", "absurd rate", "many channels"],
+)
+def test_headers_that_lie(own_corpus, content, words):
+    (own_corpus / "train" / TRAIN_NAMES[0] / "vocals.wav").write_bytes(content)
+    with pytest.raises(DatasetError, match=f"vocals.wav: ({words})"):
+        find_tracks(own_corpus, "train", RATE)
+
+
+@pytest.mark.parametrize(
+    "name", ["line\nbreak", "bell\a", os.fsdecode(b"caf\xe9"), "para\u2029graph"]
+)
+def test_names_that_no_table_could_hold(own_corpus, name):
+    (own_corpus / "train" / TRAIN_NAMES[0]).rename(own_corpus / "train" / name)
+    with pytest.raises(DatasetError) as error:
+        find_tracks(own_corpus, "train", RATE)
+    line = str(error.value).splitlines()[-1]
+    assert line == f"  {ascii(name)}: rename it; its name holds control characters or is not UTF-8"
+
+
+def test_names_of_any_language_and_punctuation(own_corpus):
+    for old, new in zip(
+        TRAIN_NAMES, ["-rf *", "日本語 \u00a0 e\u0301", "%s {x} $HOME", "'\"`\\"], strict=True
+    ):
+        (own_corpus / "train" / old).rename(own_corpus / "train" / new)
+    for track in find_tracks(own_corpus, "train", RATE):
+        assert track.read("vocals").shape == (2, track.length)
+
+
+def test_links_that_lead_nowhere_are_no_tracks(own_corpus):
+    (own_corpus / "train" / "Loop").symlink_to("Loop")
+    (own_corpus / "train" / "Gone").symlink_to(own_corpus / "elsewhere")
+    (own_corpus / "train" / "Linked").symlink_to(own_corpus / "test" / TEST_NAMES[0])
+    with pytest.raises(DatasetError) as error:
+        find_tracks(own_corpus, "train", RATE)
+    expected = [f"  train/{name}: a link that leads nowhere" for name in ("Gone", "Loop")]
+    assert str(error.value).splitlines()[1:] == expected
+
+
 def test_hundreds_of_faults_are_counted(tmp_path):
     for index in range(10):
         (tmp_path / "train" / f"{index}").mkdir(parents=True)

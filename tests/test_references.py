@@ -89,3 +89,11 @@ def test_files_that_change_are_noticed(own_corpus, excerpts):
     assert describe_files(track) != before
     (packed,) = open_test_set(excerpts, 44100, "wav")
     assert list(describe_files(packed)) == [packed.path.name]
+
+
+def test_packed_tracks_with_unfit_names_are_refused(excerpts, tmp_path):
+    (file,) = (excerpts / "test").iterdir()
+    (tmp_path / "test").mkdir()
+    shutil.copy(file, tmp_path / "test" / "a\nb.stem.mp4")
+    with pytest.raises(DatasetError, match=r"'a\\nb': rename it"):
+        open_test_set(tmp_path, 44100, "wav")

@@ -44,7 +44,7 @@ def values_of(experiment, column: str) -> list[float]:
 def test_a_run_writes_everything_it_promises(experiment, corpus):
     assert {path.name for path in experiment.iterdir()} == {
         *("conf.yml", "checkpoints", "best_k_models.json", "best_model.pth"),
-        *("logs", "tensorboard"),
+        *("logs", "tensorboard", ".lock"),
     }
     conf = yaml.safe_load((experiment / "conf.yml").read_text())
     assert conf["data"]["root"] == str(corpus)
@@ -268,7 +268,7 @@ def test_faults_of_the_devices(refused, corpus):
 def test_nan_in_the_audio_is_found_when_it_is_read(own_corpus, tmp_path, error_of):
     for path in own_corpus.glob("train/*/vocals.wav"):
         audio, _ = sf.read(path, dtype="float32")
-        audio[:] = np.nan
+        audio[: -RATE // 5] = np.nan  # the end is read before the run starts
         sf.write(path, audio, RATE, "FLOAT")
     for workers in (0, 1):
         flags = ["--exp_dir", tmp_path / f"{workers}", "--root", own_corpus, *TINY_RUN]

@@ -1,0 +1,116 @@
+import shutil
+from collections import namedtuple
+
+import pytest
+from conftest import RATE, TINY_RUN, TRAIN_NAMES, write_corpus
+
+import train
+from local import preflight
+from local.checkpoint import locked
+from local.config import count_parameters, make_model, parse_conf
+from local.musdb18_dataset import DatasetError, find_tracks
+from local.preflight import (
+    check_ends,
+    describe_versions,
+    existing_parent,
+    find_place_faults,
+    needed_bytes,
+)
+
+Usage = namedtuple("Usage", "free")
+
+
+def cut(path, share=0.9) -> None:
+    """Shortens a file, whose header goes on promising the whole."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def test_files_that_end_badly_are_listed(tmp_path):
+    root = write_corpus(tmp_path, "flac")
+    tracks = find_tracks(root, "train", RATE, "flac")
+    check_ends(root, tracks)
+    cut(tracks[0].path("bass"))
+    cut(tracks[2].path("vocals"))
+    with pytest.raises(DatasetError) as error:
+        check_ends(root, find_tracks(root, "train", RATE, "flac"))
+    heading, *lines = str(error.value).splitlines()
+    assert heading == f"--root: 2 faults in {root}; mend or remove these tracks"
+    for line, path in zip(lines, (tracks[0].path("bass"), tracks[2].path("vocals")), strict=True):
+        assert line.startswith(f"  {path}: ")
+
+
+def test_a_place_that_will_not_do(tmp_path, monkeypatch):
+    assert find_place_faults(tmp_path / "new" / "run", 1000) == []
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    (fault,) = find_place_faults(tmp_path / "file" / "run", 1000)
+    file = tmp_path / "file"
+    assert fault == f"--exp_dir: {file / 'run'} cannot be written: {file}: Not a directory"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1.2e9))
+    assert find_place_faults(tmp_path, 1000) == []
+    (fault,) = find_place_faults(tmp_path, 10_846_800)
+    assert fault == (
+        f"--exp_dir: a run writes about 1.6 GB, and 1.2 GB are free in {tmp_path};"
+        " make room, or name another folder"
+    )
+
+
+def test_what_a_run_writes_is_what_it_says(experiment):
+    """Three epochs, so three of the checkpoints that it makes room for, and one model."""
+    conf = parse_conf([*TINY_RUN, "--root", "x"])
+    parameters = sum(parameter.numel() for parameter in make_model(conf).parameters())
+    assert count_parameters(conf) == parameters
+    checkpoints = list((experiment / "checkpoints").iterdir())
+    assert len(checkpoints) == 3
+    overhead = 100_000  # bytes of names and settings, which count in a tiny model
+    for path in checkpoints:
+        assert 12 * parameters < path.stat().st_size < 12 * parameters + overhead
+    assert needed_bytes(0) == preflight.LOG_BYTES
+    whole = 11 * 12 * parameters + 2 * 4 * parameters
+    assert needed_bytes(parameters) == preflight.LOG_BYTES + whole
+
+
+def test_the_nearest_folder_that_is_there(tmp_path, monkeypatch):
+    assert existing_parent(tmp_path) == tmp_path
+    assert existing_parent(tmp_path / "a" / "b") == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert existing_parent(preflight.Path("a/b")) == tmp_path
+
+
+def test_versions_beyond_the_tested_ones_are_marked(monkeypatch):
+    assert "tested" not in describe_versions()
+    found = {"torch": "9.0.1+cpu", "numpy": "2.9"}
+    monkeypatch.setattr(preflight, "version", lambda name: found.get(name, "2.7.0"))
+    shown = describe_versions()
+    assert "torch 9.0.1+cpu (tested: <2.14,>=2.5)" in shown
+    assert "numpy 2.9 (tested: <2.4)" in shown
+    assert "pytorch-lightning 2.7.0," in shown
+
+
+def flags(exp_dir, root) -> list[str]:
+    return ["--exp_dir", str(exp_dir), "--root", str(root), *TINY_RUN, "--check"]
+
+
+def test_a_check_says_what_the_run_would_be_and_writes_nothing(corpus, tmp_path, capsys):
+    train.main(flags(tmp_path / "a" / "run", corpus))
+    printed = capsys.readouterr().out
+    for words in ("model ", "validation 1 track", "versions ", "GB will be written", "was found"):
+        assert words in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_check_reports_everything_together(own_corpus, tmp_path, error_of):
+    cut(own_corpus / "train" / TRAIN_NAMES[0] / "drums.wav")
+    (tmp_path / "file").touch()
+    error = error_of(train.main, *flags(tmp_path / "file" / "run", own_corpus), "--lr", 0)
+    for words in ("3 faults", "--lr must be", "run cannot be written", "different lengths"):
+        assert words in error
+
+
+def test_two_runs_in_one_folder_are_refused(corpus, tmp_path, error_of):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        error = error_of(train.main, *flags(tmp_path / "run", corpus)[:-1])
+    assert "run is in use: another run writes to it" in error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
