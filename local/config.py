@@ -55,6 +55,7 @@ SCHEMA = {
         "compile": str,
         "memory": str,
         "max_steps": int,
+        "max_skipped_steps": int,
     },
     "optim": {"lr": float},
     "data": {
@@ -79,6 +80,7 @@ LEAST = {
     "seed": 0,
     "num_nodes": 1,
     "samples_per_track": 1,
+    "max_skipped_steps": 1,
 }
 ABOVE_ZERO = ("lr", "segment")
 LIMITS = ("max_steps", "max_valid_tracks")

@@ -433,9 +433,16 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rank, ranks = _rank_and_ranks()
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.items)
-        for index in order[rank : len(self) * ranks : ranks]:
+        for index in self._order()[rank : len(self) * ranks : ranks]:
             yield self.epoch, int(index)
+
+    def find_items(self, start: int, stop: int) -> list[int]:
+        """The indices that all ranks see while each yields its pairs from `start` to `stop`."""
+        _, ranks = _rank_and_ranks()
+        return self._order()[start * ranks : stop * ranks].tolist()
+
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.items)
 
 
 class RankSampler(Sampler):

@@ -23,7 +23,8 @@ class MusicSystem(System):
     Logs loss at the log interval, and at every epoch train_loss (its mean), val_loss, lr,
     items_per_second over all devices, peak_memory_gib of the process that took most, and
     skipped_steps, those whose gradients were not finite. No training step waits for the device.
-    The optimizer must be a fused one: it alone can skip a step by what it finds on the device.
+    The optimizer must be a fused one: it alone can skip a step by what it finds on the device. The
+    sampler of the training items must be an EpochSampler.
     """
 
     def on_fit_start(self):
@@ -72,12 +73,16 @@ class MusicSystem(System):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         optimizer.found_inf = (~norm.isfinite()).float()  # read by the fused kernel, on the device
         self._skipped += optimizer.found_inf
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * optimizer.found_inf
 
     def on_load_checkpoint(self, checkpoint):
         """Checkpoints of earlier versions hold the settings of an optimizer that is not fused."""
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group.update(fused=True, foreach=None)
+
+    def on_train_start(self):
+        self._skipped_in_a_row = torch.zeros((), device=self.device)
 
     def on_train_epoch_start(self):
         self._epoch_start = time.perf_counter()
@@ -91,6 +96,8 @@ class MusicSystem(System):
         if 0 < max_steps <= self.trainer.global_step:
             # Lightning's own max_steps would end the run without a validation, so without a model.
             self.trainer.should_stop = True
+        if (batch_idx + 1) % (self.trainer.log_every_n_steps * self._batches_in_a_step) == 0:
+            self._refuse_to_stand_still(self.config["training"]["max_skipped_steps"])
         if self.trainer.is_last_batch or self.trainer.should_stop:
             self._training_seconds = wait_and_look_at_clock(self.device) - self._epoch_start
 
@@ -108,6 +115,11 @@ class MusicSystem(System):
         self._release_cached_memory()
         total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
         val_loss = total / count
+        if not val_loss.isfinite():
+            raise UserError(
+                f"val_loss of epoch {self.trainer.current_epoch} is not finite: the model has"
+                " diverged, and nothing of this epoch is kept; try a lower --lr"
+            )
         self.log("val_loss", val_loss, prog_bar=True, sync_dist=True, batch_size=1)
         if self.trainer.logger is not None:
             metrics = {"hp_metric": val_loss.item()}
@@ -120,7 +132,10 @@ class MusicSystem(System):
 
     def on_train_epoch_end(self):
         """Logs what the epoch took and prints its line."""
-        self._refuse_to_stand_still()
+        steps = self.trainer.global_step - self._steps_before
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None:  # one first looks for its scale, and skips steps until it has it
+            self._refuse_to_stand_still(max(steps, 1))
         # Gathered from all ranks; before anything else is, since the bar of rank 0 has done so.
         losses = {name: self.trainer.callback_metrics[name] for name in ("train_loss", "val_loss")}
         metrics = {
@@ -134,15 +149,26 @@ class MusicSystem(System):
         seconds = time.perf_counter() - self._epoch_start
         self.print(describe_epoch(self.trainer.current_epoch, losses | metrics, seconds))
 
-    def _refuse_to_stand_still(self):
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        steps = self.trainer.global_step - self._steps_before
-        # A scaler first looks for its scale, and skips steps until it has it.
-        if scaler is None and 0 < steps == self._skipped.item():
-            raise UserError(
-                f"no step of epoch {self.trainer.current_epoch} had finite gradients;"
-                " try a lower --lr, or --precision 32-true"
-            )
+    def _refuse_to_stand_still(self, most: int):
+        """Raises a UserError where the last `most` steps, or more, had no finite gradients."""
+        skipped = int(self._skipped_in_a_row)
+        if skipped < most:
+            return
+        # Those of an earlier epoch are gone by now.
+        first = max(self.trainer.global_step - self._steps_before - skipped, 0)
+        in_a_step = self._batches_in_a_step * self.train_loader.batch_size
+        items = self.train_loader.sampler.find_items(first * in_a_step, (first + 1) * in_a_step)
+        epoch, seed = self.trainer.current_epoch, self.config["training"]["seed"]
+        raise UserError(
+            f"no step of the last {skipped} had finite gradients; they were skipped, and the model"
+            f" is as before. The first of them in epoch {epoch} was of items"
+            f" {', '.join(map(str, items))} (--seed {seed}). Try a lower --lr, or --precision"
+            " 32-true"
+        )
+
+    @property
+    def _batches_in_a_step(self) -> int:
+        return self.trainer.accumulate_grad_batches
 
 
 class BestCheckpoints(ModelCheckpoint):
