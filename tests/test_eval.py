@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import musdb
 import museval
 import numpy as np
+import psutil
 import pytest
 import soundfile as sf
 import torch
@@ -324,8 +326,11 @@ def wait_for(process: subprocess.Popen, condition) -> None:
 
 def has_ended(session: int) -> bool:
     """Whether no process of a session runs; one that has ended may be listed as a zombie."""
-    listed = subprocess.run(["ps", "-s", str(session), "-o", "stat="], capture_output=True)
-    return all(state.startswith(b"Z") for state in listed.stdout.split())
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
 
 
 def kill(process: subprocess.Popen) -> str:
