@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from local.config import (
     CHOICES,
     INTERRUPTED,
     UserError,
+    brief,
     clear_errors,
     count_parameters,
     find_faults,
@@ -119,7 +121,7 @@ def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
 
     Raises:
         UserError: memory ran out, or another process of the run ended.
-        SystemExit: interrupted.
+        SystemExit: interrupted, or something could not be written.
     """
     try:
         trainer.fit(system)
@@ -134,6 +136,14 @@ def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
             raise UserError(advise_on_memory(system)) from None
         if is_lost_connection(error):
             raise UserError("another process of this run ended; its error says why") from None
+        if is_failed_write(error):
+            exp_dir = system.config["main_args"]["exp_dir"]
+            print(
+                f"\ntrain.py: error: {exp_dir} cannot be written (is the disk full?):"
+                f" {brief(error)}; {describe_best(trainer)}",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
         raise
 
 
@@ -161,6 +171,12 @@ def is_lost_connection(error: BaseException) -> bool:
         "|remote process exited|communicator was aborted"
     )
     return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
+def is_failed_write(error: BaseException) -> bool:
+    """Whether a file of the run could not be written, in Python's words or torch.save's."""
+    told = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter", str(error))
+    return isinstance(error, OSError) or bool(told)
 
 
 def advise_on_memory(system: MusicSystem) -> str:
@@ -394,17 +410,25 @@ def describe_stop(trainer: pl.Trainer) -> str:
 def describe_best(trainer: pl.Trainer) -> str:
     """Where the best model is."""
     best = trainer.checkpoint_callback
-    if best.best_model_score is None:
-        return "there is no best_model.pth yet: no epoch came to its validation"
-    return f"best val_loss {best.best_model_score:.6f}, in {best.exp_dir / 'best_model.pth'}"
+    if best.exported_score is None:
+        return "there is no best_model.pth yet: no epoch came to its end"
+    return f"best val_loss {best.exported_score:.6f}, in {best.exp_dir / 'best_model.pth'}"
 
 
 def quieten_lightning() -> None:
-    """Keeps Lightning's advertisements, advice and own deprecations off the screen."""
+    """Keeps Lightning's advertisements, advice and own deprecations off the screen, and what the
+    thread that writes for TensorBoard says before its logger raises the same error.
+    """
+    threading.excepthook = show_thread_error
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers", ".*isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
+
+
+def show_thread_error(args) -> None:
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
 from torch.torch_version import TorchVersion
 
-from local.config import UserError, model_args, read_yaml
+from local.config import UserError, brief, model_args, read_yaml
 from local.tasnet import ConvTasNetStereo
 
 FILE_SUFFIXES = (".pth", ".ckpt")
@@ -106,7 +106,7 @@ def load_model(source: str | Path) -> ConvTasNetStereo:
             return ConvTasNetStereo.from_pretrained(str(source)).eval()
     except Exception as error:  # whatever the hub's client, safetensors and torch raise
         kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
-        raise UserError(f"--checkpoint {source}: not a usable {kind}: {_brief(error)}") from None
+        raise UserError(f"--checkpoint {source}: not a usable {kind}: {brief(error)}") from None
 
 
 def find_weights(source: str | Path) -> Path:
@@ -132,8 +132,7 @@ def _load_file(path: Path) -> ConvTasNetStereo:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         raise UserError(
-            f"--checkpoint {path}: damaged, cut short, or not made of weights alone:"
-            f" {_brief(error)}"
+            f"--checkpoint {path}: damaged, cut short, or not made of weights alone: {brief(error)}"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"--checkpoint {path}: holds no state_dict, so it is no model")
@@ -146,7 +145,7 @@ def _load_file(path: Path) -> ConvTasNetStereo:
         model = ConvTasNetStereo(**_find_model_args(path, content))
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--checkpoint {path}: another model: {_brief(error)}") from None
+        raise UserError(f"--checkpoint {path}: another model: {brief(error)}") from None
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise UserError(f"--checkpoint {path}: its weights hold NaN or infinity")
     return model
@@ -170,8 +169,3 @@ def _find_model_args(path: Path, content: dict) -> dict:
         raise UserError(
             f"--checkpoint {path}: its configuration has no convtasnet section or no sample_rate"
         ) from None
-
-
-def _brief(error: Exception, most: int = 300) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= most else f"{words[:most]} ..."

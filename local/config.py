@@ -140,6 +140,12 @@ def raise_together(faults: list[str], heading: str = "") -> None:
         raise UserError("\n  ".join(lines))
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """An error in a line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]} ..."
+
+
 def plural(count: int, one: str, more: str = "") -> str:
     """A count with its noun: 1 track, 2 tracks."""
     return f"{count} {one if count == 1 else more or one + 's'}"

@@ -183,6 +183,7 @@ class BestCheckpoints(ModelCheckpoint):
             save_on_train_epoch_end=True,
         )
         self.exp_dir = exp_dir
+        self.exported_score = None  # val_loss of best_model.pth
         self._exported = ""
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -197,4 +198,4 @@ class BestCheckpoints(ModelCheckpoint):
             temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         if self.best_model_path != self._exported:
             save_best_model(self.exp_dir / "best_model.pth", pl_module.model, pl_module.config)
-            self._exported = self.best_model_path
+            self._exported, self.exported_score = self.best_model_path, self.best_model_score

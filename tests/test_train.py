@@ -1,10 +1,15 @@
 import csv
+import errno
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ import torch
 import yaml
 from conftest import (
     RATE,
+    ROOT,
     TINY_RUN,
     TRAIN_NAMES,
     run_command,
@@ -22,6 +28,7 @@ from conftest import (
     write_times,
     write_track,
 )
+from lightning_fabric.plugins.io import torch_io
 
 import train
 from local.checkpoint import load_model
@@ -367,6 +374,55 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(corpus, tmp_path, faili
     failing_step(RuntimeError("something else"), in_training=True)
     with pytest.raises(RuntimeError, match="something else"):
         train.main(["--exp_dir", str(tmp_path / "run"), "--root", str(corpus), *TINY_RUN])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+    ids=["python", "torch"],
+)
+def test_a_full_disk_ends_the_run_and_keeps_the_best_model(
+    error, corpus, tmp_path, monkeypatch, capsys
+):
+    def save_once(checkpoint, path):
+        if any(Path(path).parent.iterdir()):
+            raise error
+        save(checkpoint, path)
+
+    save = torch_io._atomic_save
+    monkeypatch.setattr(torch_io, "_atomic_save", save_once)
+    exp_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--exp_dir", str(exp_dir), "--root", str(corpus), *TINY_RUN, "--epochs", "3"])
+    assert exit_.value.code == 1
+    shown = capsys.readouterr().err
+    assert f"train.py: error: {exp_dir} cannot be written (is the disk full?): " in shown
+    (checkpoint,) = (exp_dir / "checkpoints").iterdir()
+    assert f"best val_loss {next(iter(kept_scores(exp_dir).values())):.6f}, in " in shown
+    kept, best = load_model(checkpoint), load_model(exp_dir / "best_model.pth")
+    for one, other in zip(kept.parameters(), best.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def kept_scores(exp_dir: Path) -> dict[str, float]:
+    return json.loads((exp_dir / "best_k_models.json").read_text())
+
+
+@pytest.mark.parametrize("kilobytes", [1, 4, 16])
+def test_wherever_a_full_disk_is_met_it_is_told_in_a_line(kilobytes, corpus, tmp_path):
+    """By the writer of TensorBoard, by that of metrics.csv, and by a checkpoint."""
+    command = [sys.executable, ROOT / "train.py", "--exp_dir", tmp_path / "run", "--root", corpus]
+    limited = f"ulimit -f {kilobytes}; exec {shlex.join(map(str, [*command, *TINY_RUN]))}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    words = "cannot be written (is the disk full?): [Errno 27] File too large; there is no best"
+    assert words in result.stderr
+    written = {path.suffix for path in (tmp_path / "run").rglob("*")}
+    assert not written & {".ckpt", ".pth", ".tmp"}
 
 
 def test_the_shipped_configuration_is_whole():
