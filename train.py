@@ -37,6 +37,7 @@ from local.config import (
     raise_together,
 )
 from local.musdb18_dataset import (
+    SOURCES,
     DatasetError,
     EpochSampler,
     RankSampler,
@@ -120,7 +121,7 @@ def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
     """Trains, and says how it ended if that was not at the end.
 
     Raises:
-        UserError: memory ran out, or another process of the run ended.
+        UserError: memory ran out, or another process of the run or a loader ended.
         SystemExit: interrupted, or something could not be written.
     """
     try:
@@ -136,6 +137,8 @@ def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
             raise UserError(advise_on_memory(system)) from None
         if is_lost_connection(error):
             raise UserError("another process of this run ended; its error says why") from None
+        if fault := describe_lost_worker(error, system):
+            raise UserError(fault) from None
         if is_failed_write(error):
             exp_dir = system.config["main_args"]["exp_dir"]
             print(
@@ -171,6 +174,25 @@ def is_lost_connection(error: BaseException) -> bool:
         "|remote process exited|communicator was aborted"
     )
     return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
+
+
+def describe_lost_worker(error: BaseException, system: MusicSystem) -> str:
+    """Which file a worker of a loader was reading when it ended, in a line; nothing where none did.
+
+    The words of the error are those of torch.
+    """
+    told = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    if not told:
+        return ""
+    for pid in map(int, told[1].split(",")):
+        for dataset in (system.train_loader.dataset, system.val_loader.dataset):
+            if found := dataset.reading.find(pid):
+                track, source = dataset.tracks[found[0]], SOURCES[found[1]]
+                return (
+                    f"a process that loads items ended while it read {track.path(source)}; is the"
+                    " file damaged, or was there no memory left? Fewer --num_workers need less"
+                )
+    return f"a process that loads items ended: {brief(error)}"
 
 
 def is_failed_write(error: BaseException) -> bool:

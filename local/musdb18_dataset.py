@@ -43,6 +43,7 @@ VALIDATION_TRACKS = (
     "Traffic Experiment - Sirens",
 )
 MOST_FAULTS_SHOWN = 20
+MOST_WORKERS = 32  # of a loader; of more, some take the place of others
 # Control characters and line breaks; surrogates stand for bytes that are not UTF-8.
 UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -286,6 +287,25 @@ def split_validation(
     return training, validation
 
 
+class Reading:
+    """What every worker of a loader is reading, in memory that outlives it."""
+
+    def __init__(self):
+        self._rows = torch.zeros(MOST_WORKERS, 3, dtype=torch.int64).share_memory_()
+
+    def note(self, track: int, source: int) -> None:
+        """To be called by a worker before it reads a source of a track."""
+        if (worker := get_worker_info()) is not None:
+            self._rows.numpy()[worker.id % MOST_WORKERS] = os.getpid(), track, source
+
+    def find(self, pid: int) -> tuple[int, int] | None:
+        """(track, source) of which a worker was told last."""
+        for owner, track, source in self._rows.tolist():
+            if owner == pid:
+                return track, source
+        return None
+
+
 class SegmentDataset(Dataset):
     """Random segments: every stem of an item comes from a track of its own.
 
@@ -320,6 +340,7 @@ class SegmentDataset(Dataset):
         raise_dataset_faults(tracks[0].folder.parents[1], short)
         self.tracks, self.length, self.samples_per_track = tracks, length, samples_per_track
         self.mix_background, self.seed = mix_background, seed
+        self.reading = Reading()
 
     def __len__(self) -> int:
         return len(self.tracks) * self.samples_per_track
@@ -352,7 +373,9 @@ class SegmentDataset(Dataset):
         return mixtures, targets
 
     def _draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
-        track = self.tracks[rng.integers(len(self.tracks))]
+        number = rng.integers(len(self.tracks))
+        self.reading.note(number, SOURCES.index(source))
+        track = self.tracks[number]
         start = int(rng.integers(track.length - self.length + 1))
         gain = np.float32(rng.uniform(0.25, 1.25))
         swap = rng.random() < 0.5
@@ -370,6 +393,7 @@ class TrackDataset(Dataset):
 
     def __init__(self, tracks: Sequence[Track], mix_background: bool = True):
         self.tracks, self.mix_background = tracks, mix_background
+        self.reading = Reading()
 
     def __len__(self) -> int:
         return len(self.tracks)
@@ -377,8 +401,12 @@ class TrackDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         track = self.tracks[index]
         mixture, targets = _allocate(self.mix_background, track.length)
-        mix_targets((track.read_samples(source) for source in SOURCES), mixture, targets)
+        mix_targets((self._read_stem(index, source) for source in SOURCES), mixture, targets)
         return mixture, targets
+
+    def _read_stem(self, index: int, source: str) -> tuple[np.ndarray, np.float32]:
+        self.reading.note(index, SOURCES.index(source))
+        return self.tracks[index].read_samples(source)
 
 
 def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, Tensor]:

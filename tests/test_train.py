@@ -407,6 +407,36 @@ def test_a_full_disk_ends_the_run_and_keeps_the_best_model(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "killer", ["signal.SIGKILL", "signal.SIGSEGV"], ids=["out of memory", "crash"]
+)
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_worker_that_dies_names_the_file(killer, split, corpus, tmp_path):
+    """As the kernel kills where memory runs out, or a decoder that meets a damaged file crashes."""
+    name = "Leaf - Summerghost" if split == "validation" else "Zeno - Signs"
+    arguments = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--num_workers", 2]
+    code = f"""
+import os, signal
+import train
+from local.musdb18_dataset import Track, get_worker_info
+
+def read(track, source, *place):
+    if track.name == {name!r} and source == "bass" and get_worker_info():
+        os.kill(os.getpid(), {killer})
+    return read_samples(track, source, *place)
+
+read_samples, Track.read_samples = Track.read_samples, read
+train.main({list(map(str, arguments))!r})
+"""
+    result = run_python("-c", code)
+    path = corpus / "train" / name / "bass.wav"
+    assert f"train.py: error: a process that loads items ended while it read {path};" in (
+        result.stderr
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
 def kept_scores(exp_dir: Path) -> dict[str, float]:
     return json.loads((exp_dir / "best_k_models.json").read_text())
 
