@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -36,8 +35,14 @@ from local.config import (
     plural,
     raise_together,
 )
+from local.faults import (
+    advise_on_memory,
+    describe_lost_worker,
+    is_failed_write,
+    is_lost_connection,
+    is_out_of_memory,
+)
 from local.musdb18_dataset import (
-    SOURCES,
     DatasetError,
     EpochSampler,
     RankSampler,
@@ -48,8 +53,8 @@ from local.musdb18_dataset import (
     keep_batch,
     split_validation,
 )
-from local.preflight import check_ends, describe_disk, describe_versions, find_place_faults
-from local.progress import Forecast, ProgressBar
+from local.preflight import check_ends, find_place_faults
+from local.progress import Forecast, ProgressBar, describe_best, describe_run, describe_stop
 from local.system import BestCheckpoints, MusicSystem
 
 MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # how machines find one another
@@ -158,61 +163,6 @@ class EndOthers(pl.Callback):
         for process in processes:
             process.kill()
         processes.clear()  # or else Lightning's watch over them kills this process, too
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the machine had no memory left, in the words of torch or cuBLAS."""
-    words = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
-    told = isinstance(error, RuntimeError) and re.search(words, str(error))
-    return isinstance(error, MemoryError) or bool(told)
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a rank found another one gone, in the words of gloo or NCCL."""
-    words = (
-        "[Cc]onnection (closed|reset|was likely closed)|[Bb]roken pipe"
-        "|remote process exited|communicator was aborted"
-    )
-    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
-
-
-def describe_lost_worker(error: BaseException, system: MusicSystem) -> str:
-    """Which file a worker of a loader was reading when it ended, in a line; nothing where none did.
-
-    The words of the error are those of torch.
-    """
-    told = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    if not told:
-        return ""
-    for pid in map(int, told[1].split(",")):
-        for dataset in (system.train_loader.dataset, system.val_loader.dataset):
-            if found := dataset.reading.find(pid):
-                track, source = dataset.tracks[found[0]], SOURCES[found[1]]
-                return (
-                    f"a process that loads items ended while it read {track.path(source)}; is the"
-                    " file damaged, or was there no memory left? Fewer --num_workers need less"
-                )
-    return f"a process that loads items ended: {brief(error)}"
-
-
-def is_failed_write(error: BaseException) -> bool:
-    """Whether a file of the run could not be written, in Python's words or torch.save's."""
-    told = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter", str(error))
-    return isinstance(error, OSError) or bool(told)
-
-
-def advise_on_memory(system: MusicSystem) -> str:
-    """The flags by which a run that was out of memory may fit."""
-    if not system.training:
-        return "out of memory in validation; leave the longest tracks out, with --valid_tracks"
-    training, segment = system.config["training"], system.config["data"]["segment"]
-    batch, aggregate = training["batch_size"], training["aggregate"]
-    flags = ["--memory most", "--precision bf16-mixed", f"--segment below {segment}"]
-    if batch > 1:
-        less = batch // 2 if batch % 2 == 0 else 1
-        more = batch * aggregate // less  # as many items to an optimizer step
-        flags.append(f"--batch_size {less} --aggregate {more} (now {batch} and {aggregate})")
-    return f"out of memory in training; these need less: {', '.join(flags)}"
 
 
 def make_datasets(conf: dict, tracks: list[Track]) -> tuple[SegmentDataset, TrackDataset]:
@@ -373,68 +323,6 @@ def write_conf(conf: dict) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--exp_dir: {exp_dir} cannot be written: {error.strerror}") from None
-
-
-def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -> str:
-    """What will be trained on what, for the first screen."""
-    training, data, network = conf["training"], conf["data"], conf["convtasnet"]
-    exp_dir = Path(conf["main_args"]["exp_dir"])
-    batches = len(train_set) // trainer.world_size // training["batch_size"]
-    direction = "causal" if network["causal"] else "non-causal"
-    halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
-    early = ", or 20 without a better val_loss" if training["early_stop"] else ""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = {
-        "model": f"ConvTasNetStereo, {direction}, {network['norm_type']},"
-        f" {parameters:,} parameters, {data['sample_rate']} Hz",
-        "training": f"{_tracks(train_set)}, in random segments of {data['segment']} s",
-        "validation": f"{_tracks(valid_set)}, whole",
-        "data": data["root"],
-        "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
-        f" {training['batch_size']} per device,"
-        f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
-        "end": f"after {plural(training['epochs'], 'epoch')}{early}",
-        "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
-        "devices": f"{_devices(trainer)}, precision {training['precision']},"
-        f" memory {training['memory']}, compile {training['compile']}",
-        "versions": describe_versions(),
-        "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
-    }
-    return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
-
-
-def _tracks(dataset: SegmentDataset | TrackDataset) -> str:
-    minutes = sum(track.seconds for track in dataset.tracks) / 60
-    duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
-    return f"{plural(len(dataset.tracks), 'track')} ({duration})"
-
-
-def _devices(trainer: pl.Trainer) -> str:
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        name = f"CPU ({torch.get_num_threads()} threads)"
-    else:
-        name = device.type
-    return f"{trainer.world_size} x {name}"
-
-
-def describe_stop(trainer: pl.Trainer) -> str:
-    """Why training ended."""
-    stopper = trainer.early_stopping_callback
-    if stopper is not None and stopper.stopped_epoch:
-        return f"stopped in epoch {stopper.stopped_epoch}: {stopper.stopping_reason_message}"
-    epochs, steps = plural(trainer.current_epoch, "epoch"), plural(trainer.global_step, "step")
-    return f"trained for {epochs}, {steps}"
-
-
-def describe_best(trainer: pl.Trainer) -> str:
-    """Where the best model is."""
-    best = trainer.checkpoint_callback
-    if best.exported_score is None:
-        return "there is no best_model.pth yet: no epoch came to its end"
-    return f"best val_loss {best.exported_score:.6f}, in {best.exp_dir / 'best_model.pth'}"
 
 
 def quieten_lightning() -> None:

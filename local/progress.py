@@ -1,17 +1,82 @@
-"""What a person sees of a run: its bar, a forecast, a line per epoch."""
+"""What a person sees of a run: what it is, its bar, a forecast, a line per epoch, its end."""
 
 import math
 import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from local.config import plural
+from local.musdb18_dataset import SegmentDataset, TrackDataset
+from local.preflight import describe_disk, describe_versions
 from local.streaming import can_stream
+
+
+def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -> str:
+    """What will be trained on what, for the first screen."""
+    training, data, network = conf["training"], conf["data"], conf["convtasnet"]
+    exp_dir = Path(conf["main_args"]["exp_dir"])
+    batches = len(train_set) // trainer.world_size // training["batch_size"]
+    direction = "causal" if network["causal"] else "non-causal"
+    halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
+    early = ", or 20 without a better val_loss" if training["early_stop"] else ""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = {
+        "model": f"ConvTasNetStereo, {direction}, {network['norm_type']},"
+        f" {parameters:,} parameters, {data['sample_rate']} Hz",
+        "training": f"{_tracks(train_set)}, in random segments of {data['segment']} s",
+        "validation": f"{_tracks(valid_set)}, whole",
+        "data": data["root"],
+        "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
+        f" {training['batch_size']} per device,"
+        f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
+        "end": f"after {plural(training['epochs'], 'epoch')}{early}",
+        "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
+        "devices": f"{_devices(trainer)}, precision {training['precision']},"
+        f" memory {training['memory']}, compile {training['compile']}",
+        "versions": describe_versions(),
+        "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
+    }
+    return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
+
+
+def _tracks(dataset: SegmentDataset | TrackDataset) -> str:
+    minutes = sum(track.seconds for track in dataset.tracks) / 60
+    duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"{plural(len(dataset.tracks), 'track')} ({duration})"
+
+
+def _devices(trainer: pl.Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"CPU ({torch.get_num_threads()} threads)"
+    else:
+        name = device.type
+    return f"{trainer.world_size} x {name}"
+
+
+def describe_stop(trainer: pl.Trainer) -> str:
+    """Why training ended."""
+    stopper = trainer.early_stopping_callback
+    if stopper is not None and stopper.stopped_epoch:
+        return f"stopped in epoch {stopper.stopped_epoch}: {stopper.stopping_reason_message}"
+    epochs, steps = plural(trainer.current_epoch, "epoch"), plural(trainer.global_step, "step")
+    return f"trained for {epochs}, {steps}"
+
+
+def describe_best(trainer: pl.Trainer) -> str:
+    """Where the best model is."""
+    best = trainer.checkpoint_callback
+    if best.exported_score is None:
+        return "there is no best_model.pth yet: no epoch came to its end"
+    return f"best val_loss {best.exported_score:.6f}, in {best.exp_dir / 'best_model.pth'}"
 
 
 def describe_epoch(epoch: int, metrics: dict, seconds: float) -> str:

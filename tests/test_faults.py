@@ -1,0 +1,62 @@
+import errno
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import RATE
+
+from local.faults import (
+    describe_lost_worker,
+    is_failed_write,
+    is_lost_connection,
+    is_out_of_memory,
+)
+from local.musdb18_dataset import TrackDataset, find_tracks
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "memory"),
+        (MemoryError(), "memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "connection"),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), "connection"),
+        (RuntimeError("writev [::1]:1: Broken pipe"), "connection"),
+        (OSError(errno.ENOSPC, "No space left on device"), "write"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "write"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ],
+    ids=str,
+)
+def test_errors_are_told_apart(error, kind):
+    found = {
+        "memory": is_out_of_memory(error),
+        "connection": is_lost_connection(error),
+        "write": is_failed_write(error),
+    }
+    assert [name for name, told in found.items() if told] == ([kind] if kind else [])
+
+
+def test_a_lost_worker_is_known_by_its_number(corpus, monkeypatch):
+    tracks = find_tracks(corpus, "train", RATE)
+    training, validation = TrackDataset(tracks[:2]), TrackDataset(tracks[2:])
+    loaders = [SimpleNamespace(dataset=dataset) for dataset in (training, validation)]
+    system = SimpleNamespace(train_loader=loaders[0], val_loader=loaders[1])
+    worker = SimpleNamespace(id=1)
+    monkeypatch.setattr("local.musdb18_dataset.get_worker_info", lambda: worker)
+    monkeypatch.setattr("os.getpid", lambda: 4242)
+    validation.reading.note(1, 2)
+    path = tracks[3].path("drums")
+    for words in (
+        "DataLoader worker (pid 4242) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 17, 4242) exited unexpectedly",
+    ):
+        assert f"ended while it read {path};" in describe_lost_worker(RuntimeError(words), system)
+    unknown = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+    assert describe_lost_worker(unknown, system).startswith(
+        "a process that loads items ended: Data"
+    )
+    assert describe_lost_worker(RuntimeError("another"), system) == ""
