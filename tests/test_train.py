@@ -237,7 +237,8 @@ def test_faults_of_the_configuration(refused, corpus):
 
 
 def test_a_used_experiment_and_other_faults_are_reported_together(experiment, error_of):
-    error = error_of(train.main, "--exp_dir", experiment, "--root", "nowhere", "--lr", 0)
+    flags = ["--exp_dir", experiment, "--root", "nowhere", "--lr", 0, "--resume", "never"]
+    error = error_of(train.main, *flags)
     for words in ("3 faults", "--root: no such folder", "--lr must be", "holds a run already"):
         assert words in error
 
@@ -301,8 +302,8 @@ def test_a_run_that_failed_before_its_first_model_can_be_started_again(
 
 def test_a_used_experiment_is_refused(experiment, corpus, error_of):
     before = write_times(experiment)
-    error = error_of(train.main, "--exp_dir", experiment, "--root", corpus, *TINY_RUN)
-    assert "holds a run already; name another --exp_dir" in error
+    flags = ["--exp_dir", experiment, "--root", corpus, *TINY_RUN, "--resume", "never"]
+    assert "holds a run already; name another --exp_dir" in error_of(train.main, *flags)
     assert write_times(experiment) == before
 
 
@@ -388,7 +389,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_best_model(
     error, corpus, tmp_path, monkeypatch, capsys
 ):
     def save_once(checkpoint, path):
-        if any(Path(path).parent.iterdir()):
+        if any(Path(path).parent.glob("epoch=*")):
             raise error
         save(checkpoint, path)
 
@@ -400,7 +401,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_best_model(
     assert exit_.value.code == 1
     shown = capsys.readouterr().err
     assert f"train.py: error: {exp_dir} cannot be written (is the disk full?): " in shown
-    (checkpoint,) = (exp_dir / "checkpoints").iterdir()
+    (checkpoint,) = (exp_dir / "checkpoints").glob("epoch=*")
     assert f"best val_loss {next(iter(kept_scores(exp_dir).values())):.6f}, in " in shown
     kept, best = load_model(checkpoint), load_model(exp_dir / "best_model.pth")
     for one, other in zip(kept.parameters(), best.parameters(), strict=True):
