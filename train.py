@@ -133,13 +133,14 @@ def find_point(conf: dict, options: dict) -> tuple[Path | None, dict | None]:
     if options["resume"] == "never":
         return None, None
     if options["resume"] == "auto":
-        path, point = load_last(exp_dir / "checkpoints") or (None, None)
+        folder, set_aside = exp_dir / "checkpoints", not options["check"]
+        path, point = load_last(folder, set_aside) or (None, None)
         if point and point["global_step"] == 0 and not has_model(exp_dir):
             return None, None  # nothing was learned: it may start anew, with other settings too
     else:
         path = Path(options["resume"])
         point = load_point(path)
-    if point and not options["resume_with_changes"] and (exp_dir / "conf.yml").is_file():
+    if point and not options["resume_with_changes"]:
         raise_together(
             find_changes(conf, exp_dir),
             heading=f"{exp_dir} holds a run with other settings; go on with --resume_with_changes,"

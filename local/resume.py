@@ -108,7 +108,8 @@ class ContinuedCSVLogger(CSVLogger):
         super().__init__(exp_dir, name="logs", version="")
         self.path, self.rows = exp_dir / "logs" / "metrics.csv", kept
         self._before = None
-        if kept and rank_zero_only.rank == 0:
+        # A run from another one's checkpoint has nothing to keep.
+        if kept and rank_zero_only.rank == 0 and self.path.is_file():
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self._before = list(reader)[:kept], reader.fieldnames
@@ -140,14 +141,15 @@ def list_last(folder: Path) -> list[Path]:
     return [found[place] for place in sorted(found, reverse=True)]
 
 
-def load_last(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that can be read; those that cannot are set aside, and named."""
+def load_last(folder: Path, set_aside: bool = True) -> tuple[Path, dict] | None:
+    """The newest checkpoint that can be read; those that cannot are named, and set aside."""
     for path in list_last(folder):
         try:
             return path, load_point(path)
         except UserError as error:
             if rank_zero_only.rank == 0:
                 print(f"warning: {error}; set aside, going on with the one before it")
+            if rank_zero_only.rank == 0 and set_aside:
                 path.rename(path.with_suffix(".damaged"))
     return None
 
@@ -168,6 +170,8 @@ def load_point(path: Path) -> dict:
 
 def find_changes(conf: dict, exp_dir: Path) -> list[str]:
     """The settings by which a run would not be the one in exp_dir, a line each."""
+    if not (exp_dir / "conf.yml").is_file():
+        return []
     before = read_yaml(exp_dir / "conf.yml")
     return [
         f"--{key}: {before.get(section, {}).get(key)} before, {value} now"

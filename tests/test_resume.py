@@ -175,6 +175,9 @@ def test_a_damaged_checkpoint_is_set_aside(
     run_until(20, arguments, monkeypatch)
     newest, before = list_last(tmp_path / "run" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-999] if content is None else content)
+    train.main([*arguments, "--check"])
+    assert newest.is_file()
+    capsys.readouterr()
     train.main(arguments)
     printed = capsys.readouterr().out
     assert f"warning: {newest}: no checkpoint to go on from" in printed
@@ -194,6 +197,16 @@ def test_never_and_a_checkpoint_by_name(undisturbed, corpus, tmp_path, error_of)
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--resume", best))
     assert "no checkpoint to go on from" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_another_folder_can_start_from_a_checkpoint(undisturbed, corpus, tmp_path):
+    point = list_last(undisturbed / "checkpoints")[1]
+    train.main(flags(tmp_path / "run", corpus, "--resume", point))
+    best, expected = (
+        torch.load(exp_dir / "best_model.pth", weights_only=True)["state_dict"]
+        for exp_dir in (tmp_path / "run", undisturbed)
+    )
+    assert all(torch.equal(best[name], expected[name]) for name in expected)
 
 
 def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
