@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -55,15 +55,6 @@ from local.musdb18_dataset import (
 )
 from local.preflight import check_ends, find_place_faults
 from local.progress import Forecast, ProgressBar, describe_best, describe_run, describe_stop
-from local.resume import (
-    ContinuedCSVLogger,
-    LastCheckpoints,
-    find_changes,
-    list_last,
-    load_last,
-    load_point,
-    record_changes,
-)
 from local.system import BestCheckpoints, MusicSystem
 
 MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # how machines find one another
@@ -81,82 +72,28 @@ def train(conf: dict) -> None:
         UserError, DatasetError: a fault of the configuration, the data or exp_dir. All but those
             that only reading all of the audio can show come before anything is written.
     """
-    options = take_options(conf)
-    exp_dir, is_first = Path(conf["main_args"]["exp_dir"]), rank_zero_only.rank == 0
-    train_set, valid_set = check(conf, options)
+    exp_dir, check_only = Path(conf["main_args"]["exp_dir"]), conf["main_args"].pop("check", False)
+    train_set, valid_set = check(conf)
+    pl.seed_everything(conf["training"]["seed"], verbose=False)
+    trainer = make_trainer(conf, len(train_set), len(valid_set))
+    model = make_model(conf)
+    description = describe_run(conf, model, train_set, valid_set, trainer)
+    if check_only:
+        print(f"{description}\nnothing was found that would stop this run; nothing was written")
+        return
     with ExitStack() as held:
-        if is_first and exp_dir.is_dir() and not options["check"]:
+        if trainer.is_global_zero:
+            make_folder(exp_dir)
             held.enter_context(locked(exp_dir))
-        path, point = find_point(conf, options)
-        if point and is_finished(point, conf):
-            epochs = plural(point["finished"]["epochs"], "epoch")
-            more = "it stopped early" if point["finished"]["early"] else "more --epochs extend it"
-            print(f"{exp_dir} is finished, after {epochs}; {more}")
-            return
-        pl.seed_everything(conf["training"]["seed"], verbose=False)
-        trainer = make_trainer(conf, len(train_set), len(valid_set), point)
-        model = make_model(conf)
-        description = describe_run(conf, model, train_set, valid_set, trainer)
-        if point:
-            batch = point["so_far"]["batches"]
-            description += f"\n{'goes on':<11}in epoch {point['epoch']}, batch {batch}, from {path}"
-        if options["check"]:
-            print(f"{description}\nnothing was found that would stop it; nothing was written")
-            return
-        if is_first:
-            if not exp_dir.is_dir():
-                make_folder(exp_dir)
-                held.enter_context(locked(exp_dir))
-            if point and (changes := find_changes(conf, exp_dir)):
-                record_changes(exp_dir, changes, point)
             write_conf(conf)
             print(description, flush=True)
         system = make_system(conf, model, train_set, valid_set)
-        fit(trainer, system, path)
+        fit(trainer, system)
         if trainer.is_global_zero:
             print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
 
 
-def take_options(conf: dict) -> dict:
-    """The flags that say how to run, and are no part of the configuration."""
-    defaults = {"check": False, "resume": "auto", "resume_with_changes": False}
-    return {name: conf["main_args"].pop(name, default) for name, default in defaults.items()}
-
-
-def find_point(conf: dict, options: dict) -> tuple[Path | None, dict | None]:
-    """The checkpoint from which the run goes on, if there is one, and its content.
-
-    Raises:
-        UserError: it is none, or the run had other settings.
-    """
-    exp_dir = Path(conf["main_args"]["exp_dir"])
-    if options["resume"] == "never":
-        return None, None
-    if options["resume"] == "auto":
-        folder, set_aside = exp_dir / "checkpoints", not options["check"]
-        path, point = load_last(folder, set_aside) or (None, None)
-        if point and point["global_step"] == 0 and not has_model(exp_dir):
-            return None, None  # nothing was learned: it may start anew, with other settings too
-    else:
-        path = Path(options["resume"])
-        point = load_point(path)
-    if point and not options["resume_with_changes"]:
-        raise_together(
-            find_changes(conf, exp_dir),
-            heading=f"{exp_dir} holds a run with other settings; go on with --resume_with_changes,"
-            " or name another --exp_dir",
-        )
-    return path, point
-
-
-def is_finished(point: dict, conf: dict) -> bool:
-    finished = point.get("finished")
-    return bool(finished) and (
-        finished["early"] or conf["training"]["epochs"] <= finished["epochs"]
-    )
-
-
-def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
+def check(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
     """Training segments and validation tracks, after a look at all that a run needs.
 
     Raises:
@@ -166,11 +103,7 @@ def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
     exp_dir, data = Path(conf["main_args"]["exp_dir"]), conf["data"]
     faults, datasets = find_faults(conf), None
     is_valid, is_first = not faults, rank_zero_only.rank == 0
-    if (
-        is_first
-        and has_model(exp_dir)
-        and (options["resume"] == "never" or not list_last(exp_dir / "checkpoints"))
-    ):
+    if is_first and is_used(exp_dir):
         faults.append(
             f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
         )
@@ -189,15 +122,15 @@ def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
     return datasets
 
 
-def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None = None) -> None:
-    """Trains, from a checkpoint on if there is one, and says how it ended if not at the end.
+def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
+    """Trains, and says how it ended if that was not at the end.
 
     Raises:
         UserError: memory ran out, or another process of the run or a loader ended.
         SystemExit: interrupted, or something could not be written.
     """
     try:
-        trainer.fit(system, ckpt_path=point, weights_only=True)
+        trainer.fit(system)
     except BaseException as error:
         # How Lightning ends after Ctrl-C, and what torch.save makes of one that comes within it.
         if isinstance(error, SystemExit) or isinstance(error.__context__, KeyboardInterrupt):
@@ -253,19 +186,15 @@ def make_datasets(conf: dict, tracks: list[Track]) -> tuple[SegmentDataset, Trac
     return train_set, TrackDataset(validation, data["mix_background"])
 
 
-def make_trainer(
-    conf: dict, items: int, valid_tracks: int, point: dict | None = None
-) -> pl.Trainer:
+def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
     """Lightning's Trainer, set as in the published recipe.
 
     Args:
         items: to train on in an epoch, over all devices.
         valid_tracks: to validate on, over all devices.
-        point: the checkpoint from which the run goes on.
     """
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
     callbacks = [EndOthers(), BestCheckpoints(exp_dir), ProgressBar(), Forecast()]
-    callbacks.append(LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"]))
     if training["early_stop"]:
         callbacks.append(EarlyStopping("val_loss", mode="min", patience=20))
     try:
@@ -281,14 +210,8 @@ def make_trainer(
             logger=[
                 # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits
                 # for it at the end with it: it wakes when it is time to flush.
-                TensorBoardLogger(
-                    exp_dir,
-                    name="tensorboard",
-                    version="",
-                    flush_secs=1,
-                    purge_step=point["global_step"] if point else None,
-                ),
-                ContinuedCSVLogger(exp_dir, point["so_far"]["rows"] if point else 0),
+                TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1),
+                CSVLogger(exp_dir, name="logs", version=""),
             ],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the samplers share the items out themselves
@@ -372,9 +295,9 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
     )
 
 
-def has_model(exp_dir: Path) -> bool:
+def is_used(exp_dir: Path) -> bool:
     """Whether a run got far enough to leave a model there."""
-    return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/epoch=*.ckpt"))
+    return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/*.ckpt"))
 
 
 def make_folder(exp_dir: Path) -> None:
@@ -409,13 +332,7 @@ def quieten_lightning() -> None:
     threading.excepthook = show_thread_error
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers",
-        ".*isinstance.treespec, LeafSpec",
-        # Where a run goes on; what is said of deleting is not so.
-        ".*xists and is not empty",
-        "You're resuming from a checkpoint that ended before the epoch ended",
-    ):
+    for message in (".*does not have many workers", ".*isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
 
 

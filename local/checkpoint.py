@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -82,21 +81,8 @@ def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:
         "task": "music source separation",
         "licenses": [MUSDB18_LICENSE],
     }
-    save_atomically(content, path)
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save() that leaves the old file or the whole new one, even where the power fails.
-
-    Raises:
-        OSError: it cannot be written; torch.save itself has other words for that.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_model(source: str | Path) -> ConvTasNetStereo:

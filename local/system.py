@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, save_best_model
 from local.config import UserError, import_asteroid
@@ -27,8 +26,6 @@ class MusicSystem(System):
     The optimizer must be a fused one: it alone can skip a step by what it finds on the device. The
     sampler of the training items must be an EpochSampler.
     """
-
-    _so_far = None  # of a checkpoint from which the run goes on
 
     def on_fit_start(self):
         training = self.config["training"]
@@ -62,8 +59,7 @@ class MusicSystem(System):
         loss = self.common_step(batch, batch_nb, train=True)
         # Not with prog_bar: Lightning would read it at every step.
         self.log("loss", loss)
-        items = len(batch[0])
-        self._loss_sum += torch.stack([loss.detach() * items, loss.new_tensor(items)])
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def configure_gradient_clipping(
@@ -79,56 +75,20 @@ class MusicSystem(System):
         self._skipped += optimizer.found_inf
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * optimizer.found_inf
 
-    def on_save_checkpoint(self, checkpoint):
-        """Adds what is summed up in an epoch, which Lightning leaves out."""
-        super().on_save_checkpoint(checkpoint)
-        sums = [torch.empty_like(self._loss_sum) for _ in range(self.trainer.world_size)]
-        if len(sums) > 1:
-            torch.distributed.all_gather(sums, self._loss_sum)
-        else:
-            sums = [self._loss_sum]
-        checkpoint["so_far"] = {
-            "loss_sums": torch.stack(sums).cpu(),
-            "items": self._items,
-            "steps_before": self._steps_before,
-            "skipped": self._skipped.cpu(),
-            "skipped_in_a_row": self._skipped_in_a_row.cpu(),
-            "random": torch.get_rng_state(),
-        }
-
     def on_load_checkpoint(self, checkpoint):
-        """Goes on within an epoch, if that is where the checkpoint is from.
-
-        Checkpoints of earlier versions hold the settings of an optimizer that is not fused.
-        """
-        so_far = checkpoint.get("so_far", {})
-        if "batches" in so_far:  # those of LastCheckpoints alone can be gone on from exactly
-            self._so_far = so_far
-            start = so_far["batches"] * self.train_loader.batch_size
-            self.train_loader.sampler.go_on(checkpoint["epoch"], start)
+        """Checkpoints of earlier versions hold the settings of an optimizer that is not fused."""
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group.update(fused=True, foreach=None)
 
     def on_train_start(self):
         self._skipped_in_a_row = torch.zeros((), device=self.device)
-        self._start_epoch()
-        if so_far := self._so_far:
-            self._items, self._steps_before = so_far["items"], so_far["steps_before"]
-            self._loss_sum = so_far["loss_sums"][self.global_rank].to(self.device)
-            self._skipped = so_far["skipped"].to(self.device)
-            self._skipped_in_a_row = so_far["skipped_in_a_row"].to(self.device)
-            torch.set_rng_state(so_far["random"])
 
     def on_train_epoch_start(self):
-        self._start_epoch()
-
-    def _start_epoch(self):
         self._epoch_start = time.perf_counter()
         self._items = 0
         self._steps_before = self.trainer.global_step
         self._skipped = torch.zeros((), device=self.device)
-        self._loss_sum = torch.zeros(2, device=self.device)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self._items += len(batch[0]) * self.trainer.world_size
@@ -163,7 +123,7 @@ class MusicSystem(System):
         self.log("val_loss", val_loss, prog_bar=True, sync_dist=True, batch_size=1)
         if self.trainer.logger is not None:
             metrics = {"hp_metric": val_loss.item()}
-            self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step - 1)
+            self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def _release_cached_memory(self):
         """Training and validation need blocks of other sizes: one does not keep the other's."""
@@ -176,12 +136,8 @@ class MusicSystem(System):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:  # one first looks for its scale, and skips steps until it has it
             self._refuse_to_stand_still(max(steps, 1))
-        total, count = self.trainer.strategy.reduce(self._loss_sum, reduce_op="sum")
-        self.log("train_loss", total / count, sync_dist=True)
-        losses = {
-            "train_loss": total / count,
-            "val_loss": self.trainer.callback_metrics["val_loss"],
-        }
+        # Gathered from all ranks; before anything else is, since the bar of rank 0 has done so.
+        losses = {name: self.trainer.callback_metrics[name] for name in ("train_loss", "val_loss")}
         metrics = {
             "lr": self.optimizer.param_groups[0]["lr"],
             "items_per_second": self._items / self._training_seconds,
@@ -229,28 +185,6 @@ class BestCheckpoints(ModelCheckpoint):
         self.exp_dir = exp_dir
         self.exported_score = None  # val_loss of best_model.pth
         self._exported = ""
-
-    def state_dict(self):
-        return {**super().state_dict(), "exported": self._exported, "score": self.exported_score}
-
-    def load_state_dict(self, state_dict):
-        """Restores what was kept, wherever the run was moved to, and removes what came later."""
-
-        def here(path: str) -> str:
-            return str(Path(self.dirpath, Path(path).name)) if path else path
-
-        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        paths = {
-            name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")
-        }
-        super().load_state_dict(
-            {**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath}
-        )
-        self._exported, self.exported_score = here(state_dict["exported"]), state_dict["score"]
-        if rank_zero_only.rank == 0:
-            for path in Path(self.dirpath).glob("epoch=*.ckpt"):
-                if str(path) not in kept:
-                    path.unlink()
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
