@@ -77,7 +77,7 @@ def train(conf: dict) -> None:
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     trainer = make_trainer(conf, len(train_set), len(valid_set))
     model = make_model(conf)
-    description = describe_run(conf, model, train_set, valid_set, trainer)
+    description = describe_run(conf, train_set, valid_set, trainer)
     if check_only:
         print(f"{description}\nnothing was found that would stop this run; nothing was written")
         return

@@ -17,7 +17,7 @@ from scipy.stats import bootstrap
 from local.checkpoint import atomic_path
 from local.config import OneLineParser, UserError, clear_errors, plural, raise_together
 from local.musdb18_dataset import SOURCES, TARGETS
-from local.results import METRICS, read_scores
+from local.results import METRICS, read_scores, summarise
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 PUBLISHED_ORIGIN = "published, not computed here: SDR of whole tracks through the model at once"
@@ -179,10 +179,9 @@ def read_track(path: Path) -> list[dict]:
     rows = []
     for target, metrics in scores.items():
         for metric in METRICS:
-            values = pd.Series(metrics[metric])
-            row = {"target": target, "metric": metric, "median": values.median()}
-            row |= {"mean": values.mean(), "frames": len(values), "nan_share": values.isna().mean()}
-            rows.append(row)
+            values = metrics[metric]
+            row = {"target": target, "metric": metric, **summarise(values)}
+            rows.append({**row, "frames": len(values), "nan_share": np.isnan(values).mean()})
     return rows
 
 

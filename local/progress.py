@@ -11,13 +11,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from local.config import plural
+from local.config import count_parameters, plural
 from local.musdb18_dataset import SegmentDataset, TrackDataset
 from local.preflight import describe_disk, describe_versions
 from local.streaming import can_stream
 
 
-def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -> str:
+def describe_run(conf: dict, train_set, valid_set, trainer: pl.Trainer) -> str:
     """What will be trained on what, for the first screen."""
     training, data, network = conf["training"], conf["data"], conf["convtasnet"]
     exp_dir = Path(conf["main_args"]["exp_dir"])
@@ -25,7 +25,7 @@ def describe_run(conf: dict, model, train_set, valid_set, trainer: pl.Trainer) -
     direction = "causal" if network["causal"] else "non-causal"
     halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
     early = ", or 20 without a better val_loss" if training["early_stop"] else ""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(conf)
     rows = {
         "model": f"ConvTasNetStereo, {direction}, {network['norm_type']},"
         f" {parameters:,} parameters, {data['sample_rate']} Hz",

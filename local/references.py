@@ -96,7 +96,7 @@ def read_track(track: TestTrack) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def unpacked(track: Track | PackedTrack, names: Sequence[str]) -> Iterator[Track]:
+def unpacked(track: TestTrack, names: Sequence[str]) -> Iterator[Track]:
     """A track as a folder of files, of which only those in `names` need be there."""
     if isinstance(track, Track):
         yield track

@@ -96,7 +96,8 @@ class MusicSystem(System):
         if 0 < max_steps <= self.trainer.global_step:
             # Lightning's own max_steps would end the run without a validation, so without a model.
             self.trainer.should_stop = True
-        if (batch_idx + 1) % (self.trainer.log_every_n_steps * self._batches_in_a_step) == 0:
+        interval = self.trainer.log_every_n_steps * self.trainer.accumulate_grad_batches
+        if (batch_idx + 1) % interval == 0:
             self._refuse_to_stand_still(self.config["training"]["max_skipped_steps"])
         if self.trainer.is_last_batch or self.trainer.should_stop:
             self._training_seconds = wait_and_look_at_clock(self.device) - self._epoch_start
@@ -156,7 +157,7 @@ class MusicSystem(System):
             return
         # Those of an earlier epoch are gone by now.
         first = max(self.trainer.global_step - self._steps_before - skipped, 0)
-        in_a_step = self._batches_in_a_step * self.train_loader.batch_size
+        in_a_step = self.trainer.accumulate_grad_batches * self.train_loader.batch_size
         items = self.train_loader.sampler.find_items(first * in_a_step, (first + 1) * in_a_step)
         epoch, seed = self.trainer.current_epoch, self.config["training"]["seed"]
         raise UserError(
@@ -165,10 +166,6 @@ class MusicSystem(System):
             f" {', '.join(map(str, items))} (--seed {seed}). Try a lower --lr, or --precision"
             " 32-true"
         )
-
-    @property
-    def _batches_in_a_step(self) -> int:
-        return self.trainer.accumulate_grad_batches
 
 
 class BestCheckpoints(ModelCheckpoint):
