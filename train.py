@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from local.checkpoint import atomic_path, locked
 from local.config import (
@@ -275,6 +276,9 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
         persistent_workers=training["num_workers"] > 0,
         pin_memory=torch.cuda.is_available() and training["accelerator"] != "cpu",
     )
+    # A loader that waits for items sees itself that a process of its own is gone. torch's handler
+    # of SIGCHLD says so wherever the run is just then, and some places there swallow the error.
+    signal_handling._SIGCHLD_handler_set = True
     train_loader = DataLoader(
         train_set,
         batch_size=training["batch_size"],
