@@ -139,9 +139,6 @@ if [ "$stage" -le 1 ]; then
     say "stage 1: training"
     if [ -e "$exp/.trained" ]; then
         echo "$exp is trained already; to train anew, with other flags say, use another --tag"
-    elif [ -e "$exp/best_model.pth" ]; then
-        fail "$exp holds an unfinished run: delete it, use another --tag," \
-            "or evaluate its best model so far with --stage 2"
     else
         "$python" "$here/train.py" --exp_dir "$exp" --root "${root:-$here/data/demo}" \
             "${train_flags[@]}"

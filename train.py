@@ -1,6 +1,7 @@
 """Train a stereo ConvTasNet on MUSDB18: python train.py --exp_dir EXP --root MUSDB18 ..."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,7 +14,6 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -25,10 +25,10 @@ from torch.utils.data._utils import signal_handling
 from local.checkpoint import atomic_path, locked
 from local.config import (
     CHOICES,
-    INTERRUPTED,
     UserError,
     brief,
     clear_errors,
+    count_batches,
     count_parameters,
     find_faults,
     make_model,
@@ -39,10 +39,10 @@ from local.config import (
 from local.faults import (
     advise_on_memory,
     describe_lost_worker,
-    is_failed_write,
     is_lost_connection,
     is_out_of_memory,
 )
+from local.interrupts import Interrupted, Interrupts, ignore_signals
 from local.musdb18_dataset import (
     DatasetError,
     EpochSampler,
@@ -55,8 +55,30 @@ from local.musdb18_dataset import (
     split_validation,
 )
 from local.preflight import check_ends, find_place_faults
-from local.progress import Forecast, ProgressBar, describe_best, describe_run, describe_stop
-from local.system import BestCheckpoints, MusicSystem
+from local.progress import (
+    Forecast,
+    ProgressBar,
+    describe_best,
+    describe_end,
+    describe_finished,
+    describe_point,
+    describe_run,
+    describe_stop,
+)
+from local.resume import (
+    LastCheckpoints,
+    check_changes,
+    check_place,
+    describe_surroundings,
+    find_changes,
+    is_finished,
+    list_last,
+    load_last,
+    load_point,
+    make_loggers,
+    record_changes,
+)
+from local.system import AtomicCheckpointIO, BestCheckpoints, MusicSystem
 
 MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # how machines find one another
 
@@ -73,28 +95,70 @@ def train(conf: dict) -> None:
         UserError, DatasetError: a fault of the configuration, the data or exp_dir. All but those
             that only reading all of the audio can show come before anything is written.
     """
-    exp_dir, check_only = Path(conf["main_args"]["exp_dir"]), conf["main_args"].pop("check", False)
-    train_set, valid_set = check(conf)
+    options = take_options(conf)
+    exp_dir = Path(conf["main_args"]["exp_dir"])
+    train_set, valid_set = check(conf, options)
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     trainer = make_trainer(conf, len(train_set), len(valid_set))
-    model = make_model(conf)
-    description = describe_run(conf, train_set, valid_set, trainer)
-    if check_only:
-        print(f"{description}\nnothing was found that would stop this run; nothing was written")
-        return
     with ExitStack() as held:
-        if trainer.is_global_zero:
-            make_folder(exp_dir)
+        writes = trainer.is_global_zero and not options["check"]
+        if writes and exp_dir.is_dir():
             held.enter_context(locked(exp_dir))
+        path, point = find_point(exp_dir, options["resume"], set_aside=writes)
+        if point:
+            surroundings = describe_surroundings(trainer, train_set, valid_set)
+            changes = find_changes(conf, surroundings, point)
+            check_changes(conf, point, changes, options["resume_with_changes"])
+            if is_finished(point, conf):
+                if trainer.is_global_zero:
+                    print(describe_finished(exp_dir, point))
+                return
+            check_place(conf, point, count_batches(conf, len(train_set), trainer.world_size))
+        description = describe_run(conf, train_set, valid_set, trainer)
+        if point:
+            description += f"\n{describe_point(path, point)}"
+        if options["check"]:
+            print(f"{description}\nnothing was found that would stop this run; nothing was written")
+            return
+        if writes:
+            if not exp_dir.is_dir():
+                make_folder(exp_dir)
+                held.enter_context(locked(exp_dir))
+            if point and changes:
+                record_changes(exp_dir, changes, point)
             write_conf(conf)
             print(description, flush=True)
-        system = make_system(conf, model, train_set, valid_set)
-        fit(trainer, system)
+        trainer.loggers = make_loggers(exp_dir, point)
+        system = make_system(conf, make_model(conf), train_set, valid_set)
+        fit(trainer, system, path)
         if trainer.is_global_zero:
             print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
 
 
-def check(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
+def take_options(conf: dict) -> dict:
+    """The flags that say how to run, and are no part of the configuration."""
+    defaults = {"check": False, "resume": "auto", "resume_with_changes": False}
+    return {name: conf["main_args"].pop(name, default) for name, default in defaults.items()}
+
+
+def find_point(exp_dir: Path, resume: str, set_aside: bool) -> tuple[Path | None, dict | None]:
+    """The checkpoint from which the run goes on, if there is one, and its content.
+
+    Args:
+        resume: the flag.
+        set_aside: whether last checkpoints that are damaged are renamed.
+
+    Raises:
+        UserError: what --resume names is none.
+    """
+    if resume == "never":
+        return None, None
+    if resume == "auto":
+        return load_last(exp_dir / "checkpoints", set_aside)
+    return Path(resume), load_point(Path(resume))
+
+
+def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
     """Training segments and validation tracks, after a look at all that a run needs.
 
     Raises:
@@ -104,7 +168,8 @@ def check(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
     exp_dir, data = Path(conf["main_args"]["exp_dir"]), conf["data"]
     faults, datasets = find_faults(conf), None
     is_valid, is_first = not faults, rank_zero_only.rank == 0
-    if is_first and is_used(exp_dir):
+    goes_on = options["resume"] != "never" and list_last(exp_dir / "checkpoints")
+    if is_first and is_used(exp_dir) and not goes_on:
         faults.append(
             f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
         )
@@ -123,37 +188,42 @@ def check(conf: dict) -> tuple[SegmentDataset, TrackDataset]:
     return datasets
 
 
-def fit(trainer: pl.Trainer, system: MusicSystem) -> None:
-    """Trains, and says how it ended if that was not at the end.
+def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
+    """Trains, from a checkpoint on if there is one, and says how it ended if not at the end.
 
     Raises:
         UserError: memory ran out, or another process of the run or a loader ended.
         SystemExit: interrupted, or something could not be written.
     """
+    (interrupts,) = (found for found in trainer.callbacks if isinstance(found, Interrupts))
     try:
-        trainer.fit(system)
+        trainer.fit(system, ckpt_path=point, weights_only=True)
     except BaseException as error:
         # How Lightning ends after Ctrl-C, and what torch.save makes of one that comes within it.
-        if isinstance(error, SystemExit) or isinstance(error.__context__, KeyboardInterrupt):
+        is_stop = isinstance(error, (Interrupted, SystemExit))
+        is_stop |= isinstance(error.__context__, KeyboardInterrupt)
+        if is_stop or (is_lost_connection(error) and interrupts.signum):
             if trainer.is_global_zero:
-                epoch = trainer.current_epoch
-                print(f"\ninterrupted in epoch {epoch}; {describe_best(trainer)}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+                print(f"\ninterrupted {describe_end(trainer)}", file=sys.stderr)
+            raise SystemExit(128 + (interrupts.signum or signal.SIGINT)) from None
         if is_out_of_memory(error):
             raise UserError(advise_on_memory(system)) from None
         if is_lost_connection(error):
             raise UserError("another process of this run ended; its error says why") from None
         if fault := describe_lost_worker(error, system):
             raise UserError(fault) from None
-        if is_failed_write(error):
+        if isinstance(error, OSError):  # files that cannot be read are DatasetErrors
             exp_dir = system.config["main_args"]["exp_dir"]
             print(
                 f"\ntrain.py: error: {exp_dir} cannot be written (is the disk full?):"
-                f" {brief(error)}; {describe_best(trainer)}",
+                f" {brief(error)}; ended {describe_end(trainer)}",
                 file=sys.stderr,
             )
             raise SystemExit(1) from None
         raise
+    finally:
+        for process in multiprocessing.active_children():  # of loaders, which heed no SIGTERM
+            process.kill()
 
 
 class EndOthers(pl.Callback):
@@ -195,7 +265,11 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
         valid_tracks: to validate on, over all devices.
     """
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
-    callbacks = [EndOthers(), BestCheckpoints(exp_dir), ProgressBar(), Forecast()]
+    interrupts = Interrupts()
+    callbacks = [EndOthers(), interrupts, BestCheckpoints(exp_dir), ProgressBar(), Forecast()]
+    callbacks += [
+        LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts)
+    ]
     if training["early_stop"]:
         callbacks.append(EarlyStopping("val_loss", mode="min", patience=20))
     try:
@@ -208,12 +282,8 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
             accumulate_grad_batches=training["aggregate"],
             gradient_clip_val=5.0,
             callbacks=callbacks,
-            logger=[
-                # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits
-                # for it at the end with it: it wakes when it is time to flush.
-                TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1),
-                CSVLogger(exp_dir, name="logs", version=""),
-            ],
+            plugins=[AtomicCheckpointIO()],
+            logger=False,  # until it is known where the run starts
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the samplers share the items out themselves
             enable_model_summary=False,
@@ -224,7 +294,7 @@ def make_trainer(conf: dict, items: int, valid_tracks: int) -> pl.Trainer:
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     set_up_ranks(trainer)
     ranks, faults = trainer.world_size, []
-    batches = items // ranks // training["batch_size"]
+    batches = count_batches(conf, items, ranks)
     if batches == 0:
         faults.append(
             f"--batch_size {training['batch_size']} on {plural(ranks, 'device')} is more than the"
@@ -274,6 +344,7 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
     workers = dict(
         num_workers=training["num_workers"],
         persistent_workers=training["num_workers"] > 0,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available() and training["accelerator"] != "cpu",
     )
     # A loader that waits for items sees itself that a process of its own is gone. torch's handler

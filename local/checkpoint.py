@@ -2,10 +2,12 @@
 
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
@@ -81,8 +83,36 @@ def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:
         "task": "music source separation",
         "licenses": [MUSDB18_LICENSE],
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    save_atomically(content, path)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save() that leaves the old file or the whole new one, even where the power fails.
+
+    Raises:
+        OSError: it cannot be written; torch.save itself has other words for that.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_weights_only(path: Path):
+    """torch.load() of a file that holds plain data alone, for the CPU, every byte of it as written.
+
+    Raises:
+        Exception: of half a dozen kinds, where the file is damaged, or would run code.
+    """
+    if zipfile.is_zipfile(path):  # as torch.save has it; torch.load leaves the checksums unread
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+    # Published files hold torch.__version__ as it is, which is no plain string.
+    with torch.serialization.safe_globals([TorchVersion]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_model(source: str | Path) -> ConvTasNetStereo:
@@ -127,10 +157,8 @@ def sha256(path: Path) -> str:
 
 def _load_file(path: Path) -> ConvTasNetStereo:
     try:
-        # Published files hold torch.__version__ as it is, which is no plain string.
-        with torch.serialization.safe_globals([TorchVersion]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        content = load_weights_only(path)
+    except Exception as error:
         raise UserError(
             f"--checkpoint {path}: damaged, cut short, or not made of weights alone: {brief(error)}"
         ) from None

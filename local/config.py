@@ -20,6 +20,10 @@ from local.tasnet import ConvTasNetStereo
 from local.training import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
+EVERY = r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)"  # how often to take a checkpoint
+OPTIONS = ("exp_dir", "check", "resume", "resume_with_changes")
+RESUME_HELP = "auto: go on with the run in exp_dir; never; or a checkpoint to go on from [auto]"
+CHANGES_HELP = "go on although settings have changed, and record them"
 CHECK_HELP = "look at the files, the disk and the devices, say what the run would be, and end"
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 CLOSED_PIPE = 141  # and to a command whose reader has gone
@@ -56,6 +60,7 @@ SCHEMA = {
         "memory": str,
         "max_steps": int,
         "max_skipped_steps": int,
+        "checkpoint_every": str,
     },
     "optim": {"lr": float},
     "data": {
@@ -183,6 +188,8 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     exp_dir = conf.pop("main_args")["exp_dir"]
     parser.add_argument("--exp_dir", default=exp_dir)
     parser.add_argument("--check", action="store_true", help=CHECK_HELP)
+    parser.add_argument("--resume", default="auto", help=RESUME_HELP)
+    parser.add_argument("--resume_with_changes", action="store_true", help=CHANGES_HELP)
     parser.add_argument("--n_src", dest="C", type=int, default=argparse.SUPPRESS, metavar="C")
     parser_utils.prepare_parser_from_dict(conf, parser=parser)
     _keep_text(parser)
@@ -190,7 +197,7 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     parsed = parser_utils.parse_args_as_dict(parser, args=argv)
     # asteroid's result also holds leftovers of argparse: help and an empty positional group.
     conf = {section: parsed[section] for section in conf}
-    conf["main_args"] = {name: parsed["main_args"][name] for name in ("exp_dir", "check")}
+    conf["main_args"] = {name: parsed["main_args"][name] for name in OPTIONS}
     return conf
 
 
@@ -258,6 +265,10 @@ def find_faults(conf: dict) -> list[str]:
         for key, allowed in CHOICES.items()
         if values[key] not in allowed
     ]
+    every = values["checkpoint_every"]
+    told = re.fullmatch(EVERY, every)
+    if not told or float(told[1] or told[2]) == 0:
+        faults.append(f"--checkpoint_every must be such as '30 min' or '500 steps', got '{every}'")
     if not values["root"]:
         faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
     elif not Path(values["root"]).is_dir():
@@ -284,6 +295,11 @@ def find_faults(conf: dict) -> list[str]:
 def model_args(conf: dict) -> dict:
     """The keywords of ConvTasNetStereo that a configuration gives."""
     return {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]}
+
+
+def count_batches(conf: dict, items: int, ranks: int) -> int:
+    """The batches that each rank trains on in an epoch of so many items over all of them."""
+    return items // ranks // conf["training"]["batch_size"]
 
 
 def make_model(conf: dict) -> ConvTasNetStereo:

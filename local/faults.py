@@ -42,12 +42,6 @@ def describe_lost_worker(error: BaseException, system: MusicSystem) -> str:
     return f"a process that loads items ended: {brief(error)}"
 
 
-def is_failed_write(error: BaseException) -> bool:
-    """Whether a file of the run could not be written, in Python's words or torch.save's."""
-    told = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter", str(error))
-    return isinstance(error, OSError) or bool(told)
-
-
 def advise_on_memory(system: MusicSystem) -> str:
     """The flags by which a run that was out of memory may fit."""
     if not system.training:

@@ -450,18 +450,23 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, items: int, seed: int = 0):
-        self.items, self.seed, self.epoch = items, seed, 0
+        self.items, self.seed, self.epoch, self.start = items, seed, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def go_on(self, epoch: int, start: int) -> None:
+        """Leaves out the first `start` pairs of this rank in an epoch, which were seen before."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.items // _rank_and_ranks()[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rank, ranks = _rank_and_ranks()
-        for index in self._order()[rank : len(self) * ranks : ranks]:
+        for index in self._order()[rank : len(self) * ranks : ranks][self.start :]:
             yield self.epoch, int(index)
 
     def find_items(self, start: int, stop: int) -> list[int]:

@@ -17,7 +17,7 @@ REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 SHOWN = ("torch", "pytorch-lightning", "asteroid", "numpy", "soundfile")
 SAMPLE = 0.1  # seconds at the end of every file
 READERS = 8  # files at a time; a network drive is asked for many
-CHECKPOINTS = 11  # the ten best, and one that is being written
+CHECKPOINTS = 13  # the ten best, the last two, and one that is being written
 WEIGHT_BYTES = 4  # of the weights of best_model.pth; a checkpoint holds Adam's two averages as well
 LOG_BYTES = 50e6
 

@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from local.config import count_parameters, plural
+from local.config import count_batches, count_parameters, plural
 from local.musdb18_dataset import SegmentDataset, TrackDataset
 from local.preflight import describe_disk, describe_versions
+from local.resume import list_last
 from local.streaming import can_stream
 
 
@@ -21,7 +22,7 @@ def describe_run(conf: dict, train_set, valid_set, trainer: pl.Trainer) -> str:
     """What will be trained on what, for the first screen."""
     training, data, network = conf["training"], conf["data"], conf["convtasnet"]
     exp_dir = Path(conf["main_args"]["exp_dir"])
-    batches = len(train_set) // trainer.world_size // training["batch_size"]
+    batches = count_batches(conf, len(train_set), trainer.world_size)
     direction = "causal" if network["causal"] else "non-causal"
     halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
     early = ", or 20 without a better val_loss" if training["early_stop"] else ""
@@ -62,6 +63,19 @@ def _devices(trainer: pl.Trainer) -> str:
     return f"{trainer.world_size} x {name}"
 
 
+def describe_point(path: Path, point: dict) -> str:
+    """From where a run goes on, for the first screen."""
+    batch = point["so_far"]["batches"]
+    return f"{'goes on':<11}in epoch {point['epoch']}, batch {batch}, from {path}"
+
+
+def describe_finished(exp_dir: Path, point: dict) -> str:
+    """Why there is nothing to do."""
+    end = point["finished"]
+    more = "it stopped early" if end["early"] else "more --epochs extend it"
+    return f"{exp_dir} is finished, after {plural(end['epochs'], 'epoch')}; {more}"
+
+
 def describe_stop(trainer: pl.Trainer) -> str:
     """Why training ended."""
     stopper = trainer.early_stopping_callback
@@ -69,6 +83,14 @@ def describe_stop(trainer: pl.Trainer) -> str:
         return f"stopped in epoch {stopper.stopped_epoch}: {stopper.stopping_reason_message}"
     epochs, steps = plural(trainer.current_epoch, "epoch"), plural(trainer.global_step, "step")
     return f"trained for {epochs}, {steps}"
+
+
+def describe_end(trainer: pl.Trainer) -> str:
+    """Where a run came to that did not come to its end, and how to go on."""
+    best = trainer.checkpoint_callback
+    points = list_last(Path(best.dirpath))
+    way_on = f"goes on from {points[0]}" if points else "starts anew"
+    return f"in epoch {trainer.current_epoch}; {describe_best(trainer)}\nthe same command {way_on}"
 
 
 def describe_best(trainer: pl.Trainer) -> str:

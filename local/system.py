@@ -2,13 +2,17 @@
 
 import json
 import math
+import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 
-from local.checkpoint import atomic_path, save_best_model
+from local.checkpoint import atomic_path, save_atomically, save_best_model
 from local.config import UserError, import_asteroid
 from local.inference import separate
 from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
@@ -26,6 +30,8 @@ class MusicSystem(System):
     The optimizer must be a fused one: it alone can skip a step by what it finds on the device. The
     sampler of the training items must be an EpochSampler.
     """
+
+    _so_far = None  # of a checkpoint from which the run goes on
 
     def on_fit_start(self):
         training = self.config["training"]
@@ -59,7 +65,8 @@ class MusicSystem(System):
         loss = self.common_step(batch, batch_nb, train=True)
         # Not with prog_bar: Lightning would read it at every step.
         self.log("loss", loss)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        items = len(batch[0])
+        self._loss_sum += torch.stack([loss.detach() * items, loss.new_tensor(items)])
         return loss
 
     def configure_gradient_clipping(
@@ -75,20 +82,59 @@ class MusicSystem(System):
         self._skipped += optimizer.found_inf
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * optimizer.found_inf
 
+    def on_save_checkpoint(self, checkpoint):
+        """Adds what is summed up in an epoch, and the states of random numbers."""
+        super().on_save_checkpoint(checkpoint)
+        own = {"loss_sum": self._loss_sum.cpu(), "random": get_random_states(self.device)}
+        ranks = [own] * self.trainer.world_size
+        if len(ranks) > 1:
+            torch.distributed.all_gather_object(ranks, own)
+        checkpoint["so_far"] = {
+            "ranks": ranks,
+            "items": self._items,
+            "steps_before": self._steps_before,
+            "skipped": self._skipped.cpu(),
+            "skipped_in_a_row": self._skipped_in_a_row.cpu(),
+        }
+
     def on_load_checkpoint(self, checkpoint):
-        """Checkpoints of earlier versions hold the settings of an optimizer that is not fused."""
+        """Goes on within the epoch that the checkpoint is from, with the lr that is configured now.
+
+        Checkpoints of earlier versions hold the settings of an optimizer that is not fused.
+        """
+        so_far = checkpoint.get("so_far", {})
+        if "batches" in so_far:  # those of LastCheckpoints alone can be gone on from exactly
+            self._so_far = so_far
+            start = so_far["batches"] * self.train_loader.batch_size
+            self.train_loader.sampler.go_on(checkpoint["epoch"], start)
+        changed, lr = {}, self.config["optim"]["lr"]
+        if checkpoint["training_config"]["optim"]["lr"] != lr:
+            changed["lr"] = lr
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
-                group.update(fused=True, foreach=None)
+                group.update(fused=True, foreach=None, **changed)
 
     def on_train_start(self):
         self._skipped_in_a_row = torch.zeros((), device=self.device)
+        self._start_epoch()
+        if so_far := self._so_far:
+            self._items, self._steps_before = so_far["items"], so_far["steps_before"]
+            # Of all ranks that there were, where there are fewer now.
+            for before in so_far["ranks"][self.global_rank :: self.trainer.world_size]:
+                self._loss_sum += before["loss_sum"].to(self.device)
+                set_random_states(before["random"], self.device)
+            self._skipped = so_far["skipped"].to(self.device)
+            self._skipped_in_a_row = so_far["skipped_in_a_row"].to(self.device)
 
     def on_train_epoch_start(self):
+        self._start_epoch()
+
+    def _start_epoch(self):
         self._epoch_start = time.perf_counter()
         self._items = 0
         self._steps_before = self.trainer.global_step
         self._skipped = torch.zeros((), device=self.device)
+        self._loss_sum = torch.zeros(2, device=self.device)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self._items += len(batch[0]) * self.trainer.world_size
@@ -124,7 +170,7 @@ class MusicSystem(System):
         self.log("val_loss", val_loss, prog_bar=True, sync_dist=True, batch_size=1)
         if self.trainer.logger is not None:
             metrics = {"hp_metric": val_loss.item()}
-            self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step)
+            self.trainer.logger.log_metrics(metrics, step=self.trainer.global_step - 1)
 
     def _release_cached_memory(self):
         """Training and validation need blocks of other sizes: one does not keep the other's."""
@@ -137,8 +183,12 @@ class MusicSystem(System):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:  # one first looks for its scale, and skips steps until it has it
             self._refuse_to_stand_still(max(steps, 1))
-        # Gathered from all ranks; before anything else is, since the bar of rank 0 has done so.
-        losses = {name: self.trainer.callback_metrics[name] for name in ("train_loss", "val_loss")}
+        total, count = self.trainer.strategy.reduce(self._loss_sum, reduce_op="sum")
+        self.log("train_loss", total / count, sync_dist=True)
+        losses = {
+            "train_loss": total / count,
+            "val_loss": self.trainer.callback_metrics["val_loss"],
+        }
         metrics = {
             "lr": self.optimizer.param_groups[0]["lr"],
             "items_per_second": self._items / self._training_seconds,
@@ -168,6 +218,32 @@ class MusicSystem(System):
         )
 
 
+def get_random_states(device: torch.device) -> dict:
+    """Of all generators that a run could draw from, in types that are plain data."""
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, keys, *rest = np.random.get_state()
+    states["numpy"] = (name, keys.tolist(), *rest)
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """How Lightning writes checkpoints, made atomic."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(checkpoint, Path(path))
+
+
 class BestCheckpoints(ModelCheckpoint):
     """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
 
@@ -182,6 +258,30 @@ class BestCheckpoints(ModelCheckpoint):
         self.exp_dir = exp_dir
         self.exported_score = None  # val_loss of best_model.pth
         self._exported = ""
+
+    def load_state_dict(self, state_dict):
+        """Restores what was kept, wherever the run was moved to, and removes what came later."""
+        folder = Path(self.dirpath)
+        paths = {
+            folder / Path(path).name: score for path, score in state_dict["best_k_models"].items()
+        }
+        kept = {str(path): score for path, score in paths.items() if path.is_file()}
+        best, worst = (choose(kept, key=kept.get, default="") for choose in (min, max))
+        is_full = len(kept) == self.save_top_k
+        restored = {
+            "dirpath": self.dirpath,
+            "best_k_models": kept,
+            "best_model_path": best,
+            "best_model_score": kept.get(best),
+            "kth_best_model_path": worst if is_full else "",
+            "kth_value": kept[worst] if is_full else state_dict["kth_value"],
+        }
+        super().load_state_dict({**state_dict, **restored})
+        self._exported, self.exported_score = best, kept.get(best)
+        if rank_zero_only.rank == 0:
+            for path in folder.glob("epoch=*.ckpt"):
+                if path not in paths:
+                    path.unlink()
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)

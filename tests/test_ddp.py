@@ -121,7 +121,7 @@ def test_under_torchrun_ranks_meet_at_optimizer_steps_alone(alone, shared_flags,
     for rank in (0, 1):
         per_batch = torch.tensor(json.loads((tmp_path / f"{rank}.json").read_text()))
         read, shared = per_batch[:6].diff(dim=0).T.tolist()
-        assert read == [0, 0, 0, 0, 0]
+        assert read[:4] == [0, 0, 0, 0]  # then comes the last step, and a checkpoint before it
         assert shared == [0, 1, 0, 1, 0]  # --aggregate 2
 
 
@@ -169,7 +169,7 @@ def test_an_error_of_one_rank_ends_both(shared_flags, own_corpus, tmp_path, rank
     [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)],
     ids=["Ctrl-C", "SIGTERM to the first"],
 )
-def test_an_interrupt_ends_both(shared_flags, tmp_path, send, signum):
+def test_a_signal_ends_both(shared_flags, tmp_path, send, signum):
     exp_dir = tmp_path / "run"
     flags = [*shared_flags, "--devices", "2", "--epochs", "100000"]
     process = start_training(exp_dir, *flags, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -179,8 +179,13 @@ def test_an_interrupt_ends_both(shared_flags, tmp_path, send, signum):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, stderr
-    assert re.fullmatch(r"\ninterrupted in epoch \d+; best val_loss \d.\d+, in \S+\n", stderr)
+    assert process.returncode == 128 + signum, stderr
+    assert re.fullmatch(
+        r"\nending after this step; once more ends at once\n"
+        r"\ninterrupted in epoch \d+; best val_loss \d.\d+, in \S+\n"
+        r"the same command goes on from \S+\n",
+        stderr,
+    )
 
 
 # What is wrong is said before anything waits

@@ -1,0 +1,308 @@
+"""Going on where a run ended: its last checkpoints, the settings it had, logs that go on with it.
+
+A run that goes on computes what an undisturbed one would, to the last bit. With Lightning alone it
+would not: that starts the items of an epoch anew in its middle, and forgets what it had summed up.
+So a checkpoint is taken before a batch, when nothing of the one before is pending, and the system
+and the sampler keep what Lightning does not.
+"""
+
+import csv
+import math
+import re
+import time
+import zlib
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from local.checkpoint import atomic_path, load_weights_only, save_atomically
+from local.config import EVERY, UserError, brief, model_args, raise_together
+from local.interrupts import Interrupted, Interrupts
+
+KEPT = 2
+NAME = re.compile(r"last-epoch=(\d+)-step=(\d+)\.ckpt")
+# What a run may have another value of and still compute the same. Of the files below root and of
+# the devices, it matters what they are, not how they are called.
+FREE = {"root", "valid_tracks", "num_workers", "checkpoint_every", "max_skipped_steps", "epochs"}
+FREE |= {"exp_dir", "accelerator", "devices", "num_nodes"}
+
+
+class LastCheckpoints(pl.Callback):
+    """Checkpoints from which a run goes on, all taken before an optimizer step: at the start and
+    before the last step of every epoch, in between, when a signal ends the run; and at its end.
+
+    Args:
+        every: such as "30 min" or "500 steps".
+    """
+
+    PAUSE = 1.0  # seconds between two questions of the ranks to each other
+    MOST_STEPS = 100  # between two such questions
+
+    def __init__(self, folder: Path, every: str, interrupts: Interrupts):
+        minutes, steps = re.fullmatch(EVERY, every).groups()
+        self.seconds, self.steps = 60 * float(minutes or math.inf), int(steps or 0)
+        self.folder, self.interrupts = folder, interrupts
+
+    def on_train_start(self, trainer, pl_module):
+        self._saved_time = self._asked_time = time.monotonic()
+        self._saved_step = self._asked_step = trainer.global_step
+        self._next_question = trainer.global_step + 1
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        in_a_step, step = trainer.accumulate_grad_batches, trainer.global_step
+        if batch_idx % in_a_step:
+            return
+        signum, is_late = self._ask_ranks(trainer)
+        is_due = is_late or (self.steps and step % self.steps == 0)
+        is_last = batch_idx + in_a_step >= trainer.num_training_batches
+        if step > self._saved_step and (is_due or signum or is_last or batch_idx == 0):
+            self._save(trainer, self._take(trainer, batch_idx))
+        if signum:
+            self.interrupts.signum = signum  # another rank may have heard it
+            raise Interrupted
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # Lightning would leave ReduceLROnPlateau out at the end of an epoch that was gone on with.
+        trainer.fit_loop.restarting = False
+
+    def on_train_end(self, trainer, pl_module):
+        stopper = trainer.early_stopping_callback
+        checkpoint = self._dump(trainer, 0)
+        checkpoint["finished"] = {
+            "epochs": trainer.current_epoch,
+            "early": stopper is not None and bool(stopper.stopping_reason_message),
+        }
+        self._save(trainer, checkpoint)
+
+    def _ask_ranks(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """The signal that any rank has heard, 0 for none, and whether the minutes are over.
+
+        All ranks get the same answer at the same step; for that they wait for each other, about
+        once a second.
+        """
+        now, step = time.monotonic(), trainer.global_step
+        is_late = now - self._saved_time >= self.seconds
+        if trainer.world_size == 1:
+            return self.interrupts.signum, is_late
+        if step < self._next_question:
+            return 0, False
+        per_step = (now - self._asked_time) / max(step - self._asked_step, 1)
+        pause = min(max(int(self.PAUSE / per_step), 1), self.MOST_STEPS)
+        # The clock of the first rank alone counts: no two are the same.
+        own = [self.interrupts.signum, *((is_late, pause) if trainer.is_global_zero else (0, 0))]
+        told = torch.tensor(own, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        signum, is_late, pause = told.tolist()
+        self._asked_time, self._asked_step, self._next_question = now, step, step + pause
+        return signum, bool(is_late)
+
+    def _take(self, trainer: pl.Trainer, batch_idx: int) -> dict:
+        """A checkpoint at the start of a batch, as if that had not been fetched yet."""
+        checkpoint = self._dump(trainer, batch_idx)
+        loops = checkpoint["loops"]["fit_loop"]
+        if batch_idx == 0:
+            for progress in loops["epoch_progress"].values():  # nor has the epoch begun
+                progress["ready"] = progress["started"] = progress["processed"]
+        else:
+            batches = loops["epoch_loop.batch_progress"]
+            batches["is_last_batch"] = False
+            for kind in ("total", "current"):
+                batches[kind]["ready"] = batches[kind]["started"]
+        return checkpoint
+
+    def _dump(self, trainer: pl.Trainer, batches: int) -> dict:
+        for logger in trainer.loggers:
+            logger.save()
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        system = trainer.lightning_module
+        checkpoint["so_far"] |= {
+            "batches": batches,
+            "rows": sum(getattr(logger, "rows", 0) for logger in trainer.loggers),
+            "surroundings": describe_surroundings(
+                trainer, system.train_loader.dataset, system.val_loader.dataset
+            ),
+        }
+        return checkpoint
+
+    def _save(self, trainer: pl.Trainer, checkpoint: dict) -> None:
+        if trainer.is_global_zero:
+            epoch, step = checkpoint["epoch"], checkpoint["global_step"]
+            self.folder.mkdir(exist_ok=True)
+            save_atomically(checkpoint, self.folder / f"last-epoch={epoch}-step={step}.ckpt")
+            for old in list_last(self.folder)[KEPT:]:
+                old.unlink()
+        self._saved_time, self._saved_step = time.monotonic(), checkpoint["global_step"]
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """Lightning's, which would delete metrics.csv when a run goes on.
+
+    Args:
+        kept: rows of metrics.csv that stay.
+    """
+
+    def __init__(self, exp_dir: Path, kept: int = 0):
+        super().__init__(exp_dir, name="logs", version="")
+        self.path, self.rows = exp_dir / "logs" / "metrics.csv", kept
+        self._before = None
+        # A run from another one's checkpoint has nothing to keep.
+        if kept and rank_zero_only.rank == 0 and self.path.is_file():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._before = list(reader)[:kept], reader.fieldnames
+
+    @property
+    def experiment(self):
+        writer = super().experiment
+        if self._before:
+            (rows, names), self._before = self._before, None
+            with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+                table = csv.DictWriter(file, names)
+                table.writeheader()
+                table.writerows(rows)
+            writer.metrics_keys = list(names)
+        return writer
+
+    @rank_zero_only
+    def save(self):
+        self.rows += len(self.experiment.metrics)
+        super().save()
+
+
+def make_loggers(exp_dir: Path, point: dict | None) -> list:
+    """For TensorBoard and metrics.csv; from a checkpoint on, if there is one."""
+    step, rows = (point["global_step"], point["so_far"]["rows"]) if point else (None, 0)
+    # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits for it at the
+    # end with it: it wakes when it is time to flush.
+    options = dict(version="", flush_secs=1, purge_step=step)
+    return [
+        TensorBoardLogger(exp_dir, name="tensorboard", **options),
+        ContinuedCSVLogger(exp_dir, rows),
+    ]
+
+
+def list_last(folder: Path) -> list[Path]:
+    """The last checkpoints in a folder, the newest first."""
+    found = {}
+    for path in folder.glob("last-*.ckpt"):
+        if place := NAME.fullmatch(path.name):
+            found[tuple(map(int, place.groups()))] = path
+    return [found[place] for place in sorted(found, reverse=True)]
+
+
+def load_last(folder: Path, set_aside: bool) -> tuple[Path | None, dict | None]:
+    """The newest checkpoint that can be read, and its content; nothing where there is none.
+
+    Args:
+        set_aside: whether those that cannot be read are renamed; they are named in any case.
+    """
+    for path in list_last(folder):
+        try:
+            return path, load_point(path)
+        except UserError as error:
+            if rank_zero_only.rank == 0:
+                print(f"warning: {error}; set aside, going on with the one before it")
+            if set_aside:
+                path.rename(path.with_suffix(".damaged"))
+    return None, None
+
+
+def load_point(path: Path) -> dict:
+    """A checkpoint of `LastCheckpoints`.
+
+    Raises:
+        UserError: it is damaged, or another kind.
+    """
+    try:
+        checkpoint = load_weights_only(path)
+        checkpoint["so_far"]["rows"], checkpoint["training_config"]["optim"]
+    except Exception as error:
+        raise UserError(f"{path}: no checkpoint to go on from: {brief(error)}") from None
+    return checkpoint
+
+
+def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str, str]:
+    """What a run depends on beside its settings."""
+    return {
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+        "training tracks": _fingerprint(train_set.tracks),
+        "validation tracks": _fingerprint(valid_set.tracks),
+    }
+
+
+def _fingerprint(tracks: list) -> str:
+    names = [(track.name, track.length) for track in tracks]
+    return f"{len(tracks)} ({zlib.crc32(repr(names).encode()):08x})"
+
+
+def find_changes(conf: dict, surroundings: dict[str, str], point: dict) -> list[str]:
+    """By what a run would not be the one that a checkpoint is from, a line each."""
+    before = point["training_config"]
+    changes = [
+        f"--{key}: {before.get(section, {}).get(key)} before, {value} now"
+        for section, keys in conf.items()
+        for key, value in keys.items()
+        if key not in FREE and before.get(section, {}).get(key) != value
+    ]
+    changes += [
+        f"{name}: {point['so_far']['surroundings'].get(name)} before, {value} now"
+        for name, value in surroundings.items()
+        if point["so_far"]["surroundings"].get(name) != value
+    ]
+    return changes
+
+
+def check_changes(conf: dict, point: dict, changes: list[str], accepted: bool) -> None:
+    """Looks whether a run may go on with what has changed.
+
+    Raises:
+        UserError: it may not, since that was not accepted, or since it is of another model.
+    """
+    same_model = model_args(point["training_config"]) == model_args(conf)
+    if accepted and same_model:
+        return
+    advice = "name another --exp_dir" + (", or go on with --resume_with_changes" * same_model)
+    raise_together(
+        changes, heading=f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}"
+    )
+
+
+def check_place(conf: dict, point: dict, batches: int) -> None:
+    """Looks whether there is such a place in the run as that from which it goes on.
+
+    Args:
+        batches: of an epoch now, per rank.
+
+    Raises:
+        UserError: there is not.
+    """
+    epoch, batch, epochs = point["epoch"], point["so_far"]["batches"], conf["training"]["epochs"]
+    place = f"the run goes on in epoch {epoch} from batch {batch} on"
+    if epoch >= epochs:
+        raise UserError(f"--epochs {epochs}: {place}; it needs more than {epoch}")
+    if batch >= batches:
+        raise UserError(f"{place}, and with these settings an epoch has {batches} batches alone")
+
+
+def is_finished(point: dict, conf: dict) -> bool:
+    """Whether a run has nothing left to do."""
+    end, training = point.get("finished"), conf["training"]
+    return bool(end) and (
+        (end["early"] and training["early_stop"])
+        or training["epochs"] <= end["epochs"]
+        or 0 < training["max_steps"] <= point["global_step"]
+    )
+
+
+def record_changes(exp_dir: Path, changes: list[str], point: dict) -> None:
+    """Adds to EXP/changes.yml what was changed, and from which epoch and step on."""
+    path = exp_dir / "changes.yml"
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    place = {"epoch": point["epoch"], "step": point["global_step"]}
+    added = yaml.safe_dump([{**place, "changes": changes}], allow_unicode=True, sort_keys=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(before + added, encoding="utf-8")
