@@ -407,7 +407,14 @@ def quieten_lightning() -> None:
     threading.excepthook = show_thread_error
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers", ".*isinstance.treespec, LeafSpec"):
+    for message in (
+        ".*does not have many workers",
+        ".*isinstance.treespec, LeafSpec",
+        # Of runs that go on.
+        "Experiment logs directory",
+        "Checkpoint directory",
+        "You're resuming from a checkpoint",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

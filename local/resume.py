@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, load_weights_only, save_atomically
-from local.config import EVERY, UserError, brief, model_args, raise_together
+from local.config import EVERY, UserError, brief, model_args
 from local.interrupts import Interrupted, Interrupts
 
 KEPT = 2
@@ -117,11 +117,12 @@ class LastCheckpoints(pl.Callback):
     def _dump(self, trainer: pl.Trainer, batches: int) -> dict:
         for logger in trainer.loggers:
             logger.save()
+        metrics = self.folder.with_name("logs") / "metrics.csv"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()
         system = trainer.lightning_module
         checkpoint["so_far"] |= {
             "batches": batches,
-            "rows": sum(getattr(logger, "rows", 0) for logger in trainer.loggers),
+            "metrics": metrics.read_bytes().decode() if metrics.is_file() else "",
             "surroundings": describe_surroundings(
                 trainer, system.train_loader.dataset, system.val_loader.dataset
             ),
@@ -142,46 +143,34 @@ class ContinuedCSVLogger(CSVLogger):
     """Lightning's, which would delete metrics.csv when a run goes on.
 
     Args:
-        kept: rows of metrics.csv that stay.
+        before: what metrics.csv held where the run goes on; a kill may have torn the file itself.
     """
 
-    def __init__(self, exp_dir: Path, kept: int = 0):
+    def __init__(self, exp_dir: Path, before: str = ""):
         super().__init__(exp_dir, name="logs", version="")
-        self.path, self.rows = exp_dir / "logs" / "metrics.csv", kept
-        self._before = None
-        # A run from another one's checkpoint has nothing to keep.
-        if kept and rank_zero_only.rank == 0 and self.path.is_file():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._before = list(reader)[:kept], reader.fieldnames
+        self._before = before
 
     @property
     def experiment(self):
         writer = super().experiment
-        if self._before:
-            (rows, names), self._before = self._before, None
-            with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
-                table = csv.DictWriter(file, names)
-                table.writeheader()
-                table.writerows(rows)
-            writer.metrics_keys = list(names)
+        if self._before and rank_zero_only.rank == 0:
+            with atomic_path(Path(writer.metrics_file_path)) as temporary:
+                temporary.write_bytes(self._before.encode())
+            writer.metrics_keys = next(csv.reader([self._before.splitlines()[0]]))
+            self._before = ""
         return writer
-
-    @rank_zero_only
-    def save(self):
-        self.rows += len(self.experiment.metrics)
-        super().save()
 
 
 def make_loggers(exp_dir: Path, point: dict | None) -> list:
     """For TensorBoard and metrics.csv; from a checkpoint on, if there is one."""
-    step, rows = (point["global_step"], point["so_far"]["rows"]) if point else (None, 0)
+    step, metrics = (point["global_step"], point["so_far"]["metrics"]) if point else (0, "")
+    # What a killed run logged later than that will be logged again.
+    going_on = dict(purge_step=step, default_hp_metric=not point)
     # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits for it at the
     # end with it: it wakes when it is time to flush.
-    options = dict(version="", flush_secs=1, purge_step=step)
     return [
-        TensorBoardLogger(exp_dir, name="tensorboard", **options),
-        ContinuedCSVLogger(exp_dir, rows),
+        TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1, **going_on),
+        ContinuedCSVLogger(exp_dir, metrics),
     ]
 
 
@@ -219,7 +208,7 @@ def load_point(path: Path) -> dict:
     """
     try:
         checkpoint = load_weights_only(path)
-        checkpoint["so_far"]["rows"], checkpoint["training_config"]["optim"]
+        checkpoint["so_far"]["metrics"], checkpoint["training_config"]["optim"]
     except Exception as error:
         raise UserError(f"{path}: no checkpoint to go on from: {brief(error)}") from None
     return checkpoint
@@ -263,12 +252,11 @@ def check_changes(conf: dict, point: dict, changes: list[str], accepted: bool) -
         UserError: it may not, since that was not accepted, or since it is of another model.
     """
     same_model = model_args(point["training_config"]) == model_args(conf)
-    if accepted and same_model:
+    if not changes or accepted and same_model:
         return
     advice = "name another --exp_dir" + (", or go on with --resume_with_changes" * same_model)
-    raise_together(
-        changes, heading=f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}"
-    )
+    heading = f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}:"
+    raise UserError("\n  ".join([heading, *changes]))
 
 
 def check_place(conf: dict, point: dict, batches: int) -> None:

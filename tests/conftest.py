@@ -224,16 +224,18 @@ def write_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def run_python(*args, cwd: Path | None = ROOT) -> subprocess.CompletedProcess:
-    """Runs this Python in a process of its own."""
+def run_python(*args, cwd: Path | None = ROOT, **variables) -> subprocess.CompletedProcess:
+    """Runs this Python in a process of its own, with more variables in its environment."""
     command = [sys.executable, *map(str, args)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
 
 
-def run_command(script: str, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run_command(
+    script: str, *args, cwd: Path | None = None, **variables
+) -> subprocess.CompletedProcess:
     """Runs a script of this project, from any folder."""
-    return run_python(ROOT / script, *args, cwd=cwd)
+    return run_python(ROOT / script, *args, cwd=cwd, **variables)
 
 
 def heed_ctrl_c() -> None:
@@ -241,8 +243,11 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start_training(exp_dir: Path, *flags, **options) -> subprocess.Popen:
-    """Starts train.py as a process that heeds Ctrl-C; returns when the run has a model."""
+def start_training(exp_dir: Path, *flags, until=None, **options) -> subprocess.Popen:
+    """Starts train.py as a process that heeds Ctrl-C; returns when the run has a model, or when
+    `until` says so.
+    """
+    until = until or (exp_dir / "best_model.pth").exists
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--exp_dir", exp_dir, *map(str, flags)],
         stderr=subprocess.PIPE,
@@ -251,8 +256,8 @@ def start_training(exp_dir: Path, *flags, **options) -> subprocess.Popen:
         **options,
     )
     deadline = time.monotonic() + 120
-    while not (exp_dir / "best_model.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while not until() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     return process
 
 

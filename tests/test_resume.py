@@ -1,14 +1,28 @@
 import csv
 import json
+import os
+import pickle
+import random
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, run_python, write_times
+from chaos import EVENTS
+from conftest import ROOT, TINY_RUN, run_command, start_training, write_times
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 import train
-from local.resume import find_changes, list_last, load_last, load_point
+from local.config import UserError
+from local.resume import LastCheckpoints, find_changes, list_last, load_last, load_point
 from local.system import MusicSystem
 
 TIMES = {"items_per_second", "peak_memory_gib"}
@@ -35,7 +49,26 @@ def end_of(exp_dir: Path) -> tuple:
         {number: state["exp_avg"].tolist() for number, state in adam.items()},
         last["lr_schedulers"],
         rows,
+        read_scalars(exp_dir / "tensorboard"),
     )
+
+
+def read_scalars(folder: Path) -> dict[str, list]:
+    """What TensorBoard shows, but for times."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in TIMES
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def names_in_order():
+    """TensorBoard reads files of a second by name, where the tenth of a process precedes the ninth.
+    No process but this one has ten.
+    """
+    event_file_writer._global_uid = AtomicCounter(10_000)
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +118,91 @@ def test_loaders_with_processes_go_on_with_the_right_items(
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
 
-# Kills the process that runs it at the nth call of a function.
-KILL = """
-import os, signal, sys
-import torch
-import train
-
-def kill_at_last(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*args, **kwargs)
-
-calls, function = [], {function}
-{function} = kill_at_last
-torch.set_num_threads({threads})
-train.main({arguments!r})
-"""
-
-
 @pytest.mark.parametrize(
-    ("function", "number"),
-    [("os.replace", 2), ("os.replace", 9), ("torch.save", 4), ("os.fsync", 7), ("os.unlink", 3)],
+    "place", ["training_step", "on_validation_epoch_start", "on_train_epoch_end"]
 )
-def test_killed_while_it_writes_it_goes_on(function, number, undisturbed, corpus, tmp_path):
-    arguments = flags(tmp_path / "run", corpus)
-    code = KILL.format(
-        function=function, number=number, arguments=arguments, threads=torch.get_num_threads()
-    )
-    assert run_python("-c", code).returncode == -9
-    train.main(arguments)
+def test_a_run_that_heard_a_signal_goes_on(
+    place, undisturbed, corpus, tmp_path, monkeypatch, capsys
+):
+    def hear(system, *args):
+        calls.append(args)
+        if len(calls) == (2 if place == "on_validation_epoch_start" else 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done(system, *args)
+
+    calls, done = [], getattr(MusicSystem, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(MusicSystem, place, hear)
+        if place == "on_train_epoch_end":  # nothing was left to do
+            train.main(flags(tmp_path / "run", corpus))
+        else:
+            with pytest.raises(SystemExit) as exit_:
+                train.main(flags(tmp_path / "run", corpus))
+            assert exit_.value.code == 143
+            (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
+            told = capsys.readouterr().err
+            assert "\ninterrupted in epoch " in told
+            assert told.endswith(f"the same command goes on from {newest}\n")
+    train.main(flags(tmp_path / "run", corpus))
     assert end_of(tmp_path / "run") == end_of(undisturbed)
+
+
+# Killed
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+slow = pytest.mark.skipif(
+    "RECIPE_SLOW_TESTS" not in os.environ,
+    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
+)
+
+
+def newest_step(exp_dir: Path) -> int:
+    """Of the last checkpoint, 0 where there is none yet."""
+    steps = (int(path.stem.split("=")[-1]) for path in list_last(exp_dir / "checkpoints"))
+    return next(steps, 0)
+
+
+def start_chaos(jobs: list, folder: Path) -> subprocess.Popen:
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "chaos.py", folder / "jobs.json"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, **ONE_THREAD},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed_by_chaos(corpus, tmp_path_factory) -> tuple[Path, dict[str, int]]:
+    """A run in one thread, and how often each event came."""
+    folder = tmp_path_factory.mktemp("chaos")
+    exp_dir = str(folder / "run")
+    output, _ = start_chaos(
+        [[exp_dir, flags("X", corpus)[2:], "", 0]], folder / "job"
+    ).communicate()
+    assert json.loads(output) == [0]
+    return folder / "run", json.loads((folder / "run.json").read_text())
+
+
+def test_killed_at_any_point_it_goes_on(undisturbed_by_chaos, corpus, tmp_path):
+    expected, counts = undisturbed_by_chaos
+    rng = random.Random(0)
+    points = [(event, rng.randint(1, counts[event])) for event in EVENTS * 4][:20]
+    if "RECIPE_SLOW_TESTS" not in os.environ:
+        points = points[: len(EVENTS)]
+    jobs = []
+    for number, point in enumerate(points):
+        exp_dir = str(tmp_path / str(number))
+        jobs += [
+            [exp_dir, flags("X", corpus)[2:], *point],
+            [exp_dir, flags("X", corpus)[2:], "", 0],
+        ]
+    half = len(points) // 2 * 2
+    shares = [start_chaos(jobs[:half], tmp_path / "a"), start_chaos(jobs[half:], tmp_path / "b")]
+    statuses = sum((json.loads(share.communicate()[0]) for share in shares), [])
+    assert statuses == [-signal.SIGKILL, 0] * len(points)
+    for number, point in enumerate(points):
+        assert end_of(tmp_path / str(number)) == end_of(expected), point
 
 
 def test_a_moved_run_goes_on(undisturbed, corpus, tmp_path, monkeypatch):
@@ -216,9 +303,9 @@ def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
     folder = undisturbed / "checkpoints"
     assert [path.name for path in list_last(folder)] == [
         "last-epoch=3-step=18.ckpt",
-        "last-epoch=2-step=16.ckpt",
+        "last-epoch=2-step=17.ckpt",
     ]
-    path, point = load_last(folder)
+    path, point = load_last(folder, set_aside=True)
     assert path.name == "last-epoch=3-step=18.ckpt"
     assert point["finished"] == {"epochs": 3, "early": False}
 
@@ -229,23 +316,227 @@ def test_how_often_must_be_said_with_its_unit(every, corpus, tmp_path, error_of)
     assert f"--checkpoint_every must be such as '30 min' or '500 steps', got '{every}'" in error
 
 
-def test_two_processes_go_on_as_if_undisturbed(corpus, tmp_path):
+# What else may have changed
+
+
+def test_the_number_of_devices_and_the_tracks_are_part_of_a_run(
+    undisturbed, corpus, own_corpus, error_of
+):
+    error = error_of(train.main, *flags(undisturbed, corpus, "--devices", 2, epochs=4))
+    assert "holds a run with other settings; " in error
+    assert "--resume_with_changes: devices: 1 x cpu before, 2 x cpu now" in error
+    shutil.rmtree(own_corpus / "train" / "Zeno - Signs")
+    error = error_of(train.main, *flags(undisturbed, own_corpus, epochs=4))
+    assert "training tracks: 3 (" in error
+    assert "validation tracks" not in error
+
+
+def test_a_run_goes_on_with_another_number_of_devices(corpus, tmp_path, monkeypatch):
+    exp_dir = tmp_path / "run"
     (tmp_path / "valid.txt").write_text("Leaf - Summerghost\nZeno - Signs")
+    shared = flags(exp_dir, corpus, "--valid_tracks", tmp_path / "valid.txt", epochs=2)
+    run_until(5, shared, monkeypatch)
+    more = ["--devices", 2, "--batch_size", 2, "--resume_with_changes"]
+    result = run_command("train.py", *shared, *more)
+    assert result.returncode == 0, result.stderr
+    assert "goes on    in epoch 0, batch 4, from " in result.stdout
+    assert "devices: 1 x cpu before, 2 x cpu now" in (exp_dir / "changes.yml").read_text()
 
-    def run(script: Path, exp_dir: Path) -> int:
-        arguments = flags(exp_dir, corpus, "--devices", 2, "--valid_tracks", tmp_path / "valid.txt")
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--rdzv_backend", "c10d"]
-        launch += ["--rdzv_endpoint", "localhost:0"]
-        return run_python(*launch, script, *arguments).returncode
 
-    kill = tmp_path / "kill.py"
-    code = KILL.replace("train.main({arguments!r})", "train.main()")
-    kill.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        + code.format(function="os.fsync", number=3, threads=1)
+def test_another_model_cannot_go_on(undisturbed, corpus, error_of):
+    changed = flags(undisturbed, corpus, "--B", 12, "--lr", 0.1, "--resume_with_changes")
+    error = error_of(train.main, *changed)
+    assert "name another --exp_dir\n  --B: 8 before, 12 now\n  --lr: 0.0005 before" in error
+
+
+def test_a_changed_lr_is_that_of_the_optimizer(corpus, tmp_path, monkeypatch):
+    arguments = flags(tmp_path / "run", corpus)
+    run_until(14, arguments, monkeypatch)
+    for _ in range(2):  # the second time, nothing has changed
+        train.main([*arguments, "--lr", "0.01", "--resume_with_changes"])
+        (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
+        assert load_point(newest)["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01
+
+
+def test_a_place_that_is_no_more(corpus, tmp_path, error_of, monkeypatch):
+    exp_dir = tmp_path / "run"
+    run_until(23, flags(exp_dir, corpus), monkeypatch)
+    error = error_of(train.main, *flags(exp_dir, corpus, epochs=1))
+    assert "--epochs 1: the run goes on in epoch 1 from batch 10 on; it needs more than 1" in error
+    larger = ["--batch_size", 6, "--resume_with_changes"]
+    error = error_of(train.main, *flags(exp_dir, corpus, *larger))
+    assert "from batch 10 on, and with these settings an epoch has 8 batches" in error
+
+
+# Damaged and hostile files
+
+
+class Evil:
+    """Unpickled, it leaves a file where it says."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, pickle.dump], ids=["zip", "pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused(save, corpus, tmp_path, error_of, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    path, trace = folder / "last-epoch=0-step=1.ckpt", tmp_path / "trace"
+    with path.open("wb") as file:
+        save({"so_far": Evil(trace), "state_dict": {}}, file)
+    error = error_of(train.main, *flags(tmp_path / "new", corpus, "--resume", path))
+    assert f"{path}: no checkpoint to go on from: " in error
+    train.main(flags(tmp_path / "run", corpus, epochs=1))
+    assert f"warning: {path}: no checkpoint to go on from: " in capsys.readouterr().out
+    assert path.with_suffix(".damaged").is_file()
+    assert not trace.exists()
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(undisturbed, tmp_path):
+    (newest, *_) = list_last(undisturbed / "checkpoints")
+    content, expected = newest.read_bytes(), load_point(newest)
+    damaged, rng, found = tmp_path / newest.name, np.random.default_rng(0), 0
+    for place in rng.integers(len(content), size=300):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        damaged.write_bytes(flipped)
+        try:
+            point = load_point(damaged)
+        except UserError as error:
+            assert str(error).startswith(f"{damaged}: no checkpoint to go on from: ")
+            found += 1
+        else:
+            assert repr(point) == repr(expected)
+            assert all(map(torch.equal, *(p["state_dict"].values() for p in (point, expected))))
+    assert found > 100
+
+
+# Together
+
+
+def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
+    """In 20 s of steps of 10 ms, of which the clock of the first rank alone counts."""
+
+    def all_reduce(told, op):
+        asked.append(trainer.global_step)
+        torch.maximum(told, torch.tensor(others), out=told)
+
+    others, asked, now = [0, 0, 0], [], [0.0]
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    last = LastCheckpoints(tmp_path, "0.1 min", SimpleNamespace(signum=0))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(world_size=2, global_step=0, strategy=strategy, is_global_zero=True)
+    last.on_train_start(trainer, None)
+    answers = []
+    for trainer.global_step in range(2000):
+        now[0] += 0.01
+        answers.append(last._ask_ranks(trainer))
+    assert 19 <= len(asked) <= 24
+    assert answers.index((0, True)) in range(599, 700)
+    others[0] = signal.SIGTERM
+    while answers[-1] != (signal.SIGTERM, True):
+        trainer.global_step += 1
+        answers.append(last._ask_ranks(trainer))
+    assert trainer.global_step < 2100
+
+
+def stop(process: subprocess.Popen, signum: int, to_all: bool) -> int:
+    """Sends a signal, to all processes of a run or to the first; the exit status of that."""
+    (os.killpg if to_all else os.kill)(process.pid, signum)
+    try:
+        return process.wait(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):  # of those that it started
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def long_flags(corpus) -> list[str]:
+    """Flags of a run of 3 epochs of 24 steps."""
+    return [*flags("X", corpus, "--samples_per_track", 64)[2:]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_command(long_flags, tmp_path_factory) -> Path:
+    exp_dir = tmp_path_factory.mktemp("command") / "run"
+    result = run_command("train.py", "--exp_dir", exp_dir, *long_flags, **ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    return exp_dir
+
+
+def assert_goes_on(exp_dir: Path, flags: list[str], expected: Path) -> None:
+    result = run_command("train.py", "--exp_dir", exp_dir, *flags, **ONE_THREAD)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "goes on    in epoch " in result.stdout
+    assert end_of(exp_dir) == end_of(expected)
+
+
+@pytest.mark.parametrize("step", [pytest.param(3, marks=slow), 30, pytest.param(60, marks=slow)])
+@pytest.mark.parametrize(
+    ("signum", "to_all", "status"),
+    [
+        (signal.SIGINT, True, 130),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGUSR1, True, 138),
+        (signal.SIGKILL, False, -9),
+    ],
+    ids=["Ctrl-C", "SLURM", "kill", "SLURM in time", "kill -9"],
+)
+def test_the_command_goes_on_after_a_signal(
+    signum, to_all, status, step, undisturbed_command, long_flags, tmp_path
+):
+    process = start_training(
+        tmp_path / "run",
+        *long_flags,
+        *["--num_workers", 2],
+        until=lambda: newest_step(tmp_path / "run") >= step,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **ONE_THREAD},
     )
-    assert run(kill, tmp_path / "killed") != 0
-    assert list_last(tmp_path / "killed" / "checkpoints")
-    for name in ("killed", "undisturbed"):
-        assert run(ROOT / "train.py", tmp_path / name) == 0
-    assert end_of(tmp_path / "killed") == end_of(tmp_path / "undisturbed")
+    assert stop(process, signum, to_all) == status, process.stderr.read()
+    assert_goes_on(tmp_path / "run", long_flags, undisturbed_command)
+
+
+@pytest.fixture(scope="module")
+def flags_of_two(corpus, tmp_path_factory) -> list[str]:
+    names = tmp_path_factory.mktemp("names") / "valid.txt"
+    names.write_text("Leaf - Summerghost\nZeno - Signs")
+    more = ["--devices", 2, "--valid_tracks", names, "--samples_per_track", 128]
+    return flags("X", corpus, *more)[2:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_two(flags_of_two, tmp_path_factory) -> Path:
+    exp_dir = tmp_path_factory.mktemp("two") / "run"
+    result = run_command("train.py", "--exp_dir", exp_dir, *flags_of_two, **ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    return exp_dir
+
+
+@slow
+@pytest.mark.parametrize("step", [3, 20, 40])
+@pytest.mark.parametrize(
+    ("signum", "to_all", "status"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, True, -9)],
+    ids=["Ctrl-C", "kill", "kill -9"],
+)
+def test_two_processes_go_on_after_a_signal(
+    signum, to_all, status, step, undisturbed_two, flags_of_two, tmp_path
+):
+    process = start_training(
+        tmp_path / "run",
+        *flags_of_two,
+        until=lambda: newest_step(tmp_path / "run") >= step,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **ONE_THREAD},
+    )
+    assert stop(process, signum, to_all) == status, process.stderr.read()
+    assert_goes_on(tmp_path / "run", flags_of_two, undisturbed_two)

@@ -1,0 +1,94 @@
+"""How a run takes signals; that it goes on as if undisturbed is shown in test_resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY_RUN, heed_ctrl_c
+
+# Takes a minute for its second step, and says when that begins.
+SLOW_STEP = """
+import time
+import train
+from local.system import MusicSystem
+
+def step_slowly(system, batch, batch_idx):
+    if batch_idx == 1:
+        print("second step", flush=True)
+        end = time.monotonic() + {seconds}
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    return step(system, batch, batch_idx)
+
+step, MusicSystem.training_step = MusicSystem.training_step, step_slowly
+train.quieten_lightning()
+train.main({arguments!r})
+"""
+
+
+@pytest.fixture
+def start(corpus, tmp_path):
+    """Starts a run whose second step takes so many seconds, and returns when that has begun."""
+    processes = []
+
+    def start(seconds: float, prepare=heed_ctrl_c, more=()) -> subprocess.Popen:
+        flags = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--epochs", "2", *more]
+        code = SLOW_STEP.format(seconds=seconds, arguments=list(map(str, flags)))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            preexec_fn=prepare,
+            start_new_session=True,
+        )
+        processes.append(process)
+        while "second step" not in process.stdout.readline():
+            assert process.poll() is None
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
+    process = start(seconds=300, more=["--num_workers", "2", "--samples_per_track", "8"])
+    os.killpg(process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)  # it finishes its step
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "ending after this step; once more ends at once" in stderr
+    assert "interrupted in epoch 0; there is no best_model.pth yet" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_signal_that_comes_twice_by_two_ways_is_one(start):
+    process = start(seconds=2)
+    for _ in range(5):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.count("ending after this step") == 1
+    assert "last-epoch=0-step=2.ckpt" in stderr  # the second step was finished, and kept
+
+
+def ignore_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "status"), [(heed_ctrl_c, 129), (ignore_hangups, 0)], ids=["alone", "nohup"]
+)
+def test_a_closed_terminal_ends_a_run_but_not_under_nohup(start, prepare, status):
+    process = start(seconds=2, prepare=prepare)
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == status
