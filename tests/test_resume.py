@@ -232,13 +232,9 @@ def test_other_settings_are_refused_or_recorded(corpus, tmp_path, error_of, monk
     run_until(14, flags(exp_dir, corpus), monkeypatch)
     changed = flags(exp_dir, corpus, "--lr", 0.01, "--num_workers", 1)
     error = error_of(train.main, *changed, "--seed", 5)
-    for words in (
-        "other settings; name another --exp_dir",
-        "--lr: 0.0005 before, 0.01 now",
-        "--seed: 0 before, 5 now",
-    ):
+    for words in ("--lr: 0.0005 before, 0.01 now", "--seed: 0 before, 5 now"):
         assert words in error
-    assert "--resume_with_changes" in error
+    assert "other settings; name another --exp_dir, or go on with --resume_with_changes:" in error
     train.main([*changed, "--resume_with_changes"])
     assert "epoch: 1\n" in (exp_dir / "changes.yml").read_text()
     assert "--lr: 0.0005 before, 0.01 now" in (exp_dir / "changes.yml").read_text()
@@ -478,21 +474,25 @@ def assert_goes_on(exp_dir: Path, flags: list[str], expected: Path) -> None:
     assert end_of(exp_dir) == end_of(expected)
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=slow), 30, pytest.param(60, marks=slow)])
+SIGNALS = {  # whether to all processes of a run, and the status with which it ends
+    "Ctrl-C": (signal.SIGINT, True, 130),
+    "kill": (signal.SIGTERM, False, 143),
+    "kill -9": (signal.SIGKILL, False, -9),
+    "SLURM": (signal.SIGTERM, True, 143),
+    "SLURM in time": (signal.SIGUSR1, True, 138),
+}
+
+
 @pytest.mark.parametrize(
-    ("signum", "to_all", "status"),
+    ("name", "step"),
     [
-        (signal.SIGINT, True, 130),
-        (signal.SIGTERM, True, 143),
-        (signal.SIGTERM, False, 143),
-        (signal.SIGUSR1, True, 138),
-        (signal.SIGKILL, False, -9),
+        *[(name, 30) for name in ("Ctrl-C", "kill", "kill -9")],
+        *[pytest.param(name, 3, marks=slow) for name in SIGNALS],
+        *[pytest.param(name, 60, marks=slow) for name in ("Ctrl-C", "kill", "kill -9")],
     ],
-    ids=["Ctrl-C", "SLURM", "kill", "SLURM in time", "kill -9"],
 )
-def test_the_command_goes_on_after_a_signal(
-    signum, to_all, status, step, undisturbed_command, long_flags, tmp_path
-):
+def test_the_command_goes_on_after_a_signal(name, step, undisturbed_command, long_flags, tmp_path):
+    signum, to_all, status = SIGNALS[name]
     process = start_training(
         tmp_path / "run",
         *long_flags,
@@ -523,15 +523,9 @@ def undisturbed_two(flags_of_two, tmp_path_factory) -> Path:
 
 
 @slow
-@pytest.mark.parametrize("step", [3, 20, 40])
-@pytest.mark.parametrize(
-    ("signum", "to_all", "status"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGKILL, True, -9)],
-    ids=["Ctrl-C", "kill", "kill -9"],
-)
-def test_two_processes_go_on_after_a_signal(
-    signum, to_all, status, step, undisturbed_two, flags_of_two, tmp_path
-):
+@pytest.mark.parametrize(("name", "step"), [("Ctrl-C", 3), ("kill", 20), ("kill -9", 40)])
+def test_two_processes_go_on_after_a_signal(name, step, undisturbed_two, flags_of_two, tmp_path):
+    signum, to_all, status = SIGNALS[name]
     process = start_training(
         tmp_path / "run",
         *flags_of_two,
