@@ -446,6 +446,27 @@ def test_a_track_that_cannot_be_scored_is_listed_and_the_others_are(
     assert [path.stem for path in (tmp_path / "out" / "test").glob("*.json")] == [TEST_NAMES[1]]
 
 
+@pytest.mark.parametrize("file", ["mixture.wav", "vocals.wav"])
+@pytest.mark.parametrize("left", [None, 100], ids=["gone", "cut"])
+def test_a_file_that_goes_during_the_run_is_named(
+    file, left, experiment, own_corpus, tmp_path, monkeypatch
+):
+    def spoil_and_separate(model, mixture, *settings):
+        path.unlink() if left is None else os.truncate(path, left)
+        monkeypatch.setattr(evaluation, "separate", separate)
+        return separate(model, mixture, *settings)
+
+    path = own_corpus / "test" / TEST_NAMES[1] / file
+    monkeypatch.setattr(evaluation, "separate", spoil_and_separate)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus)
+    assert exit_.value.code == 1
+    text = (tmp_path / "out" / "results.txt").read_text()
+    assert f"Not scored: 1 of 2 tracks\n  {TEST_NAMES[1]}: " in text
+    assert file in text
+    assert [path.stem for path in (tmp_path / "out" / "test").glob("*.json")] == [TEST_NAMES[0]]
+
+
 def test_an_estimate_that_is_not_finite_stops_its_track(experiment, tmp_path, capsys, monkeypatch):
     def separate_badly(model, mixture, *settings):
         sources = separate(model, mixture)

@@ -316,6 +316,47 @@ def test_how_often_must_be_said_with_its_unit(every, corpus, tmp_path, error_of)
     assert f"--checkpoint_every must be such as '30 min' or '500 steps', got '{every}'" in error
 
 
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 70 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("batch", [5, 14, 24])
+def test_a_run_goes_on_when_a_full_disk_has_room_again(
+    batch, small_disk, undisturbed, corpus, monkeypatch, capsys
+):
+    def fill(system, *args):
+        done(system, *args)
+        seen.append(args)
+        if len(seen) == batch:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    filler, seen, done = small_disk / "filler", [], MusicSystem.on_train_batch_end
+    arguments = flags(small_disk / "run", corpus)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(MusicSystem, "on_train_batch_end", fill)
+        train.main(arguments)
+    assert exit_.value.code == 1
+    told = capsys.readouterr().err
+    assert f"train.py: error: {small_disk / 'run'} cannot be written (is the disk full?): " in told
+    assert "\nthe same command goes on from " in told
+    filler.unlink()
+    train.main(arguments)
+    assert end_of(small_disk / "run") == end_of(undisturbed)
+
+
 # What else may have changed
 
 
