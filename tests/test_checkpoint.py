@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -113,6 +114,23 @@ def test_a_truncated_file(tmp_path, conf, model, size):
     save_best_model(path, model, conf)
     path.write_bytes(path.read_bytes()[:size])
     assert "damaged, cut short" in error_of(path)
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path, conf, model):
+    path, rng, found = tmp_path / "best_model.pth", np.random.default_rng(0), 0
+    save_best_model(path, model, conf)
+    content = path.read_bytes()
+    for place in rng.integers(len(content), size=200):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            loaded = load_model(path).state_dict()
+        except UserError:
+            found += 1
+        else:
+            assert all(torch.equal(loaded[name], model.state_dict()[name]) for name in loaded)
+    assert found > 50
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
