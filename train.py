@@ -67,10 +67,8 @@ from local.progress import (
 )
 from local.resume import (
     LastCheckpoints,
-    check_changes,
-    check_place,
+    check_point,
     describe_surroundings,
-    find_changes,
     is_finished,
     list_last,
     load_last,
@@ -107,13 +105,13 @@ def train(conf: dict) -> None:
         path, point = find_point(exp_dir, options["resume"], set_aside=writes)
         if point:
             surroundings = describe_surroundings(trainer, train_set, valid_set)
-            changes = find_changes(conf, surroundings, point)
-            check_changes(conf, point, changes, options["resume_with_changes"])
+            batches = count_batches(conf, len(train_set), trainer.world_size)
+            accept = options["resume_with_changes"]
+            changes = check_point(conf, point, surroundings, batches, accept)
             if is_finished(point, conf):
                 if trainer.is_global_zero:
                     print(describe_finished(exp_dir, point))
                 return
-            check_place(conf, point, count_batches(conf, len(train_set), trainer.world_size))
         description = describe_run(conf, train_set, valid_set, trainer)
         if point:
             description += f"\n{describe_point(path, point)}"
@@ -149,12 +147,17 @@ def find_point(exp_dir: Path, resume: str, set_aside: bool) -> tuple[Path | None
         set_aside: whether last checkpoints that are damaged are renamed.
 
     Raises:
-        UserError: what --resume names is none.
+        UserError: what --resume names is none, or those of a run are all damaged.
     """
     if resume == "never":
         return None, None
     if resume == "auto":
-        return load_last(exp_dir / "checkpoints", set_aside)
+        path, point = load_last(exp_dir / "checkpoints", set_aside)
+        if not point and is_used(exp_dir):
+            raise UserError(describe_used(exp_dir))
+        return path, point
+    if not Path(resume).is_file():
+        raise UserError(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     return Path(resume), load_point(Path(resume))
 
 
@@ -170,9 +173,7 @@ def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
     is_valid, is_first = not faults, rank_zero_only.rank == 0
     goes_on = options["resume"] != "never" and list_last(exp_dir / "checkpoints")
     if is_first and is_used(exp_dir) and not goes_on:
-        faults.append(
-            f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
-        )
+        faults.append(describe_used(exp_dir))
     if is_first and conf["main_args"]["exp_dir"]:
         faults += find_place_faults(exp_dir, count_parameters(conf) if is_valid else 0)
     if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in CHOICES["suffix"]:
@@ -373,6 +374,10 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
 def is_used(exp_dir: Path) -> bool:
     """Whether a run got far enough to leave a model there."""
     return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/*.ckpt"))
+
+
+def describe_used(exp_dir: Path) -> str:
+    return f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
 
 
 def make_folder(exp_dir: Path) -> None:

@@ -55,7 +55,7 @@ def find_place_faults(exp_dir: Path, parameters: int) -> list[str]:
             pass
     except OSError as error:
         return [f"--exp_dir: {exp_dir} cannot be written: {place}: {error.strerror}"]
-    needed, free = needed_bytes(parameters), shutil.disk_usage(place).free
+    needed, free = needed_bytes(exp_dir, parameters), shutil.disk_usage(place).free
     if free < needed:
         return [
             f"--exp_dir: a run writes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
@@ -64,9 +64,11 @@ def find_place_faults(exp_dir: Path, parameters: int) -> list[str]:
     return []
 
 
-def needed_bytes(parameters: int) -> float:
-    """What the checkpoints and logs of a run take."""
-    return parameters * WEIGHT_BYTES * (3 * CHECKPOINTS + 2) + LOG_BYTES
+def needed_bytes(exp_dir: Path, parameters: int) -> float:
+    """What the checkpoints and logs of a run will take, beside what it wrote before it goes on."""
+    written = sum(path.stat().st_size for path in exp_dir.glob("checkpoints/*.ckpt"))
+    whole = parameters * WEIGHT_BYTES * (3 * CHECKPOINTS + 2)
+    return max(whole - written, 0) + LOG_BYTES
 
 
 def existing_parent(folder: Path) -> Path:
@@ -77,9 +79,8 @@ def existing_parent(folder: Path) -> Path:
 
 def describe_disk(exp_dir: Path, parameters: int) -> str:
     free = shutil.disk_usage(existing_parent(exp_dir)).free
-    return (
-        f"about {needed_bytes(parameters) / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB free"
-    )
+    needed = needed_bytes(exp_dir, parameters)
+    return f"about {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB free"
 
 
 def describe_versions() -> str:

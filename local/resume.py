@@ -59,6 +59,7 @@ class LastCheckpoints(pl.Callback):
         signum, is_late = self._ask_ranks(trainer)
         is_due = is_late or (self.steps and step % self.steps == 0)
         is_last = batch_idx + in_a_step >= trainer.num_training_batches
+        is_last |= step + 1 == pl_module.config["training"]["max_steps"]
         if step > self._saved_step and (is_due or signum or is_last or batch_idx == 0):
             self._save(trainer, self._take(trainer, batch_idx))
         if signum:
@@ -194,7 +195,7 @@ def load_last(folder: Path, set_aside: bool) -> tuple[Path | None, dict | None]:
             return path, load_point(path)
         except UserError as error:
             if rank_zero_only.rank == 0:
-                print(f"warning: {error}; set aside, going on with the one before it")
+                print(f"warning: {error}; going on with the one before it")
             if set_aside:
                 path.rename(path.with_suffix(".damaged"))
     return None, None
@@ -245,35 +246,35 @@ def find_changes(conf: dict, surroundings: dict[str, str], point: dict) -> list[
     return changes
 
 
-def check_changes(conf: dict, point: dict, changes: list[str], accepted: bool) -> None:
-    """Looks whether a run may go on with what has changed.
-
-    Raises:
-        UserError: it may not, since that was not accepted, or since it is of another model.
-    """
-    same_model = model_args(point["training_config"]) == model_args(conf)
-    if not changes or accepted and same_model:
-        return
-    advice = "name another --exp_dir" + (", or go on with --resume_with_changes" * same_model)
-    heading = f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}:"
-    raise UserError("\n  ".join([heading, *changes]))
-
-
-def check_place(conf: dict, point: dict, batches: int) -> None:
-    """Looks whether there is such a place in the run as that from which it goes on.
+def check_point(
+    conf: dict, point: dict, surroundings: dict[str, str], batches: int, accept_changes: bool
+) -> list[str]:
+    """What has changed since a checkpoint, a line each, where the run can go on from it.
 
     Args:
+        surroundings: as `describe_surroundings` has them.
         batches: of an epoch now, per rank.
 
     Raises:
-        UserError: there is not.
+        UserError: it cannot. Something has changed that was not accepted, or the model has, or
+            there is no such place in the run any more.
     """
-    epoch, batch, epochs = point["epoch"], point["so_far"]["batches"], conf["training"]["epochs"]
-    place = f"the run goes on in epoch {epoch} from batch {batch} on"
-    if epoch >= epochs:
-        raise UserError(f"--epochs {epochs}: {place}; it needs more than {epoch}")
-    if batch >= batches:
-        raise UserError(f"{place}, and with these settings an epoch has {batches} batches alone")
+    changes = find_changes(conf, surroundings, point)
+    is_same_model = model_args(point["training_config"]) == model_args(conf)
+    if changes and not (accept_changes and is_same_model):
+        advice = "name another --exp_dir"
+        if is_same_model:
+            advice += ", or go on with --resume_with_changes"
+        heading = f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}:"
+        raise UserError("\n  ".join([heading, *changes]))
+    if not is_finished(point, conf):
+        epoch, batch = point["epoch"], point["so_far"]["batches"]
+        place = f"the run goes on in epoch {epoch} from batch {batch} on"
+        if epoch >= conf["training"]["epochs"]:
+            raise UserError(f"--epochs {conf['training']['epochs']}: {place}")
+        if batch >= batches:
+            raise UserError(f"{place}, and with these settings an epoch has {batches} batches")
+    return changes
 
 
 def is_finished(point: dict, conf: dict) -> bool:

@@ -1,5 +1,6 @@
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from conftest import RATE, TINY_RUN, TRAIN_NAMES, write_corpus
@@ -66,9 +67,13 @@ def test_what_a_run_writes_is_what_it_says(experiment):
     overhead = 100_000  # bytes of names and settings, which count in a tiny model
     for path in checkpoints:
         assert 12 * parameters < path.stat().st_size < 12 * parameters + overhead
-    assert needed_bytes(0) == preflight.LOG_BYTES
+    assert needed_bytes(Path("new"), 0) == preflight.LOG_BYTES
     whole = 13 * 12 * parameters + 2 * 4 * parameters
-    assert needed_bytes(parameters) == preflight.LOG_BYTES + whole
+    assert needed_bytes(Path("new"), parameters) == preflight.LOG_BYTES + whole
+    written = sum(path.stat().st_size for path in checkpoints)
+    much = 10_846_800
+    rest = needed_bytes(Path("new"), much) - needed_bytes(experiment, much)
+    assert rest == written
 
 
 def test_the_nearest_folder_that_is_there(tmp_path, monkeypatch):

@@ -278,11 +278,23 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
 
+def test_a_run_whose_last_checkpoints_are_all_damaged_is_kept(
+    undisturbed, corpus, tmp_path, error_of
+):
+    exp_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    for path in list_last(exp_dir / "checkpoints"):
+        path.write_bytes(b"")
+    for _ in range(2):
+        assert "holds a run already" in error_of(train.main, *flags(exp_dir, corpus, epochs=4))
+    for name in ("best_model.pth", "logs/metrics.csv", "best_k_models.json", "conf.yml"):
+        assert (exp_dir / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
 def test_never_and_a_checkpoint_by_name(undisturbed, corpus, tmp_path, error_of):
     error = error_of(train.main, *flags(undisturbed, corpus, "--resume", "never"))
     assert "holds a run already" in error
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--resume", tmp_path / "none"))
-    assert "none: no checkpoint to go on from" in error
+    assert "--resume must be auto, never or a last-*.ckpt; no such file: " in error
     (best, *_) = (undisturbed / "checkpoints").glob("epoch=0*.ckpt")
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--resume", best))
     assert "no checkpoint to go on from" in error
@@ -401,7 +413,7 @@ def test_a_place_that_is_no_more(corpus, tmp_path, error_of, monkeypatch):
     exp_dir = tmp_path / "run"
     run_until(23, flags(exp_dir, corpus), monkeypatch)
     error = error_of(train.main, *flags(exp_dir, corpus, epochs=1))
-    assert "--epochs 1: the run goes on in epoch 1 from batch 10 on; it needs more than 1" in error
+    assert "--epochs 1: the run goes on in epoch 1 from batch 10 on" in error
     larger = ["--batch_size", 6, "--resume_with_changes"]
     error = error_of(train.main, *flags(exp_dir, corpus, *larger))
     assert "from batch 10 on, and with these settings an epoch has 8 batches" in error
