@@ -65,8 +65,7 @@ class MusicSystem(System):
         loss = self.common_step(batch, batch_nb, train=True)
         # Not with prog_bar: Lightning would read it at every step.
         self.log("loss", loss)
-        items = len(batch[0])
-        self._loss_sum += torch.stack([loss.detach() * items, loss.new_tensor(items)])
+        self._loss_sum += len(batch[0]) * loss.detach()
         return loss
 
     def configure_gradient_clipping(
@@ -118,7 +117,8 @@ class MusicSystem(System):
         self._skipped_in_a_row = torch.zeros((), device=self.device)
         self._start_epoch()
         if so_far := self._so_far:
-            self._items, self._steps_before = so_far["items"], so_far["steps_before"]
+            self._items = self._items_before = so_far["items"]
+            self._steps_before = so_far["steps_before"]
             # Of all ranks that there were, where there are fewer now.
             for before in so_far["ranks"][self.global_rank :: self.trainer.world_size]:
                 self._loss_sum += before["loss_sum"].to(self.device)
@@ -131,10 +131,10 @@ class MusicSystem(System):
 
     def _start_epoch(self):
         self._epoch_start = time.perf_counter()
-        self._items = 0
+        self._items = self._items_before = 0  # all of the epoch; those before it was gone on with
         self._steps_before = self.trainer.global_step
         self._skipped = torch.zeros((), device=self.device)
-        self._loss_sum = torch.zeros(2, device=self.device)
+        self._loss_sum = torch.zeros((), device=self.device)  # over the items of this rank
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self._items += len(batch[0]) * self.trainer.world_size
@@ -183,22 +183,19 @@ class MusicSystem(System):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:  # one first looks for its scale, and skips steps until it has it
             self._refuse_to_stand_still(max(steps, 1))
-        total, count = self.trainer.strategy.reduce(self._loss_sum, reduce_op="sum")
-        self.log("train_loss", total / count, sync_dist=True)
-        losses = {
-            "train_loss": total / count,
-            "val_loss": self.trainer.callback_metrics["val_loss"],
-        }
+        loss_sum = self.trainer.strategy.reduce(self._loss_sum, reduce_op="sum")
         metrics = {
+            "train_loss": loss_sum / self._items,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "items_per_second": self._items / self._training_seconds,
+            "items_per_second": (self._items - self._items_before) / self._training_seconds,
             "peak_memory_gib": gather_peak_memory(self.trainer) / 2**30,
             "skipped_steps": self._skipped.item(),
         }
         for name, value in metrics.items():
             self.log(name, value, sync_dist=True)
         seconds = time.perf_counter() - self._epoch_start
-        self.print(describe_epoch(self.trainer.current_epoch, losses | metrics, seconds))
+        metrics["val_loss"] = self.trainer.callback_metrics["val_loss"]
+        self.print(describe_epoch(self.trainer.current_epoch, metrics, seconds))
 
     def _refuse_to_stand_still(self, most: int):
         """Raises a UserError where the last `most` steps, or more, had no finite gradients."""
