@@ -3,11 +3,13 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -68,9 +70,7 @@ from local.progress import (
 from local.resume import (
     LastCheckpoints,
     check_point,
-    describe_surroundings,
     is_finished,
-    list_last,
     load_last,
     load_point,
     make_loggers,
@@ -100,28 +100,22 @@ def train(conf: dict) -> None:
     trainer = make_trainer(conf, len(train_set), len(valid_set))
     with ExitStack() as held:
         writes = trainer.is_global_zero and not options["check"]
-        if writes and exp_dir.is_dir():
-            held.enter_context(locked(exp_dir))
+        if writes:
+            held.enter_context(reserved(exp_dir))
         path, point = find_point(exp_dir, options["resume"], set_aside=writes)
-        if point:
-            surroundings = describe_surroundings(trainer, train_set, valid_set)
-            batches = count_batches(conf, len(train_set), trainer.world_size)
-            accept = options["resume_with_changes"]
-            changes = check_point(conf, point, surroundings, batches, accept)
-            if is_finished(point, conf):
-                if trainer.is_global_zero:
-                    print(describe_finished(exp_dir, point))
-                return
         description = describe_run(conf, train_set, valid_set, trainer)
         if point:
-            description += f"\n{describe_point(path, point)}"
+            accept_changes = options["resume_with_changes"]
+            changes = check_point(conf, point, trainer, train_set, valid_set, accept_changes)
+            if is_finished(point, conf):
+                if trainer.is_global_zero:
+                    print(describe_finished(path, point))
+                return
+            description += f"\n{describe_point(path, point, conf, trainer)}"
         if options["check"]:
             print(f"{description}\nnothing was found that would stop this run; nothing was written")
             return
         if writes:
-            if not exp_dir.is_dir():
-                make_folder(exp_dir)
-                held.enter_context(locked(exp_dir))
             if point and changes:
                 record_changes(exp_dir, changes, point)
             write_conf(conf)
@@ -151,14 +145,23 @@ def find_point(exp_dir: Path, resume: str, set_aside: bool) -> tuple[Path | None
     """
     if resume == "never":
         return None, None
+    folder = exp_dir / "checkpoints"
     if resume == "auto":
-        path, point = load_last(exp_dir / "checkpoints", set_aside)
-        if not point and is_used(exp_dir):
-            raise UserError(describe_used(exp_dir))
-        return path, point
-    if not Path(resume).is_file():
-        raise UserError(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
-    return Path(resume), load_point(Path(resume))
+        path, point = load_last(folder, set_aside)
+        if is_used(exp_dir) and not point:
+            raise UserError(
+                f"--exp_dir: {exp_dir} holds a run, and no last-*.ckpt from which it could go on;"
+                " name another --exp_dir, or delete it"
+            )
+        # One that has learned nothing may start anew, with other settings, too.
+        return (path, point) if is_used(exp_dir) else (None, None)
+    path = Path(resume)
+    if is_used(exp_dir) and path.parent.resolve() != folder.resolve():
+        raise UserError(f"--resume {path}: {exp_dir} holds another run; name another --exp_dir")
+    try:
+        return path, load_point(path)
+    except UserError as error:
+        raise UserError(f"--resume {error}") from None
 
 
 def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
@@ -171,9 +174,13 @@ def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
     exp_dir, data = Path(conf["main_args"]["exp_dir"]), conf["data"]
     faults, datasets = find_faults(conf), None
     is_valid, is_first = not faults, rank_zero_only.rank == 0
-    goes_on = options["resume"] != "never" and list_last(exp_dir / "checkpoints")
-    if is_first and is_used(exp_dir) and not goes_on:
-        faults.append(describe_used(exp_dir))
+    resume = options["resume"]
+    if is_first and resume == "never" and is_used(exp_dir):
+        faults.append(
+            f"--resume never: {exp_dir} holds a run already; name another --exp_dir, or delete it"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_file():
+        faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     if is_first and conf["main_args"]["exp_dir"]:
         faults += find_place_faults(exp_dir, count_parameters(conf) if is_valid else 0)
     if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in CHOICES["suffix"]:
@@ -205,7 +212,7 @@ def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
         is_stop |= isinstance(error.__context__, KeyboardInterrupt)
         if is_stop or (is_lost_connection(error) and interrupts.signum):
             if trainer.is_global_zero:
-                print(f"\ninterrupted {describe_end(trainer)}", file=sys.stderr)
+                say(f"\ninterrupted {describe_end(trainer)}")
             raise SystemExit(128 + (interrupts.signum or signal.SIGINT)) from None
         if is_out_of_memory(error):
             raise UserError(advise_on_memory(system)) from None
@@ -215,16 +222,24 @@ def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
             raise UserError(fault) from None
         if isinstance(error, OSError):  # files that cannot be read are DatasetErrors
             exp_dir = system.config["main_args"]["exp_dir"]
-            print(
+            say(
                 f"\ntrain.py: error: {exp_dir} cannot be written (is the disk full?):"
-                f" {brief(error)}; ended {describe_end(trainer)}",
-                file=sys.stderr,
+                f" {brief(error)}; ended {describe_end(trainer)}"
             )
             raise SystemExit(1) from None
         raise
     finally:
         for process in multiprocessing.active_children():  # of loaders, which heed no SIGTERM
             process.kill()
+        interrupts.restore_stdout()
+
+
+def say(text: str) -> None:
+    """On stderr, if anything is there."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # else Python would complain at its end that it cannot flush what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class EndOthers(pl.Callback):
@@ -372,19 +387,29 @@ def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDa
 
 
 def is_used(exp_dir: Path) -> bool:
-    """Whether a run got far enough to leave a model there."""
-    return (exp_dir / "best_model.pth").exists() or any(exp_dir.glob("checkpoints/*.ckpt"))
+    """Whether a run got far enough to learn something there."""
+    checkpoints = exp_dir.glob("checkpoints/*.ckpt")
+    learned = (not path.name.endswith("-step=0.ckpt") for path in checkpoints)
+    return (exp_dir / "best_model.pth").exists() or any(learned)
 
 
-def describe_used(exp_dir: Path) -> str:
-    return f"--exp_dir: {exp_dir} holds a run already; name another --exp_dir, or delete it"
+@contextmanager
+def reserved(exp_dir: Path) -> Iterator[None]:
+    """Makes a folder and holds it for this process; removes it if nothing came to be there.
 
-
-def make_folder(exp_dir: Path) -> None:
+    Raises:
+        UserError: it cannot be written, or another process holds it.
+    """
     try:
         exp_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--exp_dir: {exp_dir} cannot be written: {error.strerror}") from None
+    with locked(exp_dir):
+        try:
+            yield
+        finally:
+            if [path.name for path in exp_dir.iterdir()] == [".lock"]:
+                shutil.rmtree(exp_dir)
 
 
 def write_conf(conf: dict) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import io
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -52,9 +53,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a folder for this process; when it ends, however it ends, the folder is free again.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be written.
     """
-    with open(folder / ".lock", "a") as file:
+    try:
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be locked: {brief(error)}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,9 +115,12 @@ def load_weights_only(path: Path):
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is not as it was written")
-    # Published files hold torch.__version__ as it is, which is no plain string.
-    with torch.serialization.safe_globals([TorchVersion]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        # Published files hold torch.__version__ as it is, which is no plain string.
+        with torch.serialization.safe_globals([TorchVersion]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch advises to load it as code
+        raise ValueError("it is not made of plain data alone") from None
 
 
 def load_model(source: str | Path) -> ConvTasNetStereo:

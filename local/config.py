@@ -171,8 +171,8 @@ def import_asteroid(module: str):
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
-    """conf.yml overridden by the flags, as a dictionary of sections; beside exp_dir, it says
-    whether to "check" the run only.
+    """conf.yml overridden by the flags, as a dictionary of sections; beside exp_dir, main_args
+    says how to run: OPTIONS.
 
     What the values mean is left to `find_faults`.
 

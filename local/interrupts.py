@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 
 import pytorch_lightning as pl
 
@@ -25,9 +27,13 @@ def ignore_signals(worker: int) -> None:
 class Interrupts(pl.Callback):
     """Notes the first signal, in `signum`: training ends before the next optimizer step (by
     `LastCheckpoints`), validation before the next track. A second one ends the run at once.
+
+    From then on stdout leads nowhere, for the terminal may be closed, and Ctrl-C ends a tee, too:
+    what cannot be shown must not end the run before it has saved.
     """
 
     signum = 0
+    _stdout = None  # where it led
 
     def on_train_start(self, trainer, pl_module):
         self._hint = HINT if trainer.is_global_zero else b""
@@ -42,7 +48,22 @@ class Interrupts(pl.Callback):
     def _note(self, signum, frame):
         if not self.signum:
             self.signum, self._noted = signum, time.monotonic()
-            os.write(2, self._hint)  # print() may be at work in what was interrupted
+            with suppress(OSError):
+                os.write(2, self._hint)  # print() may be at work in what was interrupted
+            with suppress(OSError):  # there is none
+                self._stdout = os.dup(1)
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.close(nowhere)
         elif time.monotonic() - self._noted > SAME:
             signal.signal(signum, signal.SIG_IGN)
             raise KeyboardInterrupt
+
+    def restore_stdout(self):
+        """For what is to be said when the run has ended."""
+        if self._stdout is not None:
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os.dup2(self._stdout, 1)
+            os.close(self._stdout)
+            self._stdout = None

@@ -55,6 +55,13 @@ def find_place_faults(exp_dir: Path, parameters: int) -> list[str]:
             pass
     except OSError as error:
         return [f"--exp_dir: {exp_dir} cannot be written: {place}: {error.strerror}"]
+    odd = [
+        f"--exp_dir: {exp_dir / name} is in the way: it should be a folder"
+        for name in ("checkpoints", "logs", "tensorboard")
+        if os.path.lexists(exp_dir / name) and not (exp_dir / name).is_dir()
+    ]
+    if odd:
+        return odd
     needed, free = needed_bytes(exp_dir, parameters), shutil.disk_usage(place).free
     if free < needed:
         return [

@@ -63,17 +63,21 @@ def _devices(trainer: pl.Trainer) -> str:
     return f"{trainer.world_size} x {name}"
 
 
-def describe_point(path: Path, point: dict) -> str:
+def describe_point(path: Path, point: dict, conf: dict, trainer: pl.Trainer) -> str:
     """From where a run goes on, for the first screen."""
-    batch = point["so_far"]["batches"]
+    batch = count_batches(conf, point["so_far"]["items"], trainer.world_size)
     return f"{'goes on':<11}in epoch {point['epoch']}, batch {batch}, from {path}"
 
 
-def describe_finished(exp_dir: Path, point: dict) -> str:
-    """Why there is nothing to do."""
-    end = point["finished"]
-    more = "it stopped early" if end["early"] else "more --epochs extend it"
-    return f"{exp_dir} is finished, after {plural(end['epochs'], 'epoch')}; {more}"
+def describe_finished(path: Path, point: dict) -> str:
+    """Why there is nothing to do after the last checkpoint of a run."""
+    end, most = point["finished"], point["training_config"]["training"]["max_steps"]
+    why = "more --epochs extend it"
+    if end["early"]:
+        why = "it stopped early"
+    elif 0 < most <= point["global_step"]:
+        why = f"it had --max_steps {most}"
+    return f"{path.parent.parent} is finished, after {plural(end['epochs'], 'epoch')}; {why}"
 
 
 def describe_stop(trainer: pl.Trainer) -> str:
@@ -157,6 +161,10 @@ class Forecast(pl.Callback):
         self._last = min(self._first + self.MEASURED * trainer.accumulate_grad_batches, batches)
         self._batches = 0
 
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self._batches < self._last:  # no validation comes between the batches
+            self._batches = 0
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._batches += 1
         if self._batches == self._first:
@@ -190,8 +198,8 @@ class Forecast(pl.Callback):
             run, end = limit, plural(training["max_steps"], "step")
         return (
             f"{'time':<11}{describe_time(per_batch * epoch)} per epoch,"
-            f" {describe_time(per_batch * run)} for {end}, measured on batches {self._first + 1} to"
-            f" {self._last}; validation comes on top"
+            f" {describe_time(per_batch * run)} for {end}, measured on"
+            f" {plural(self._last - self._first, 'batch', 'batches')}; validation comes on top"
         )
 
 
@@ -216,6 +224,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
         self._loss, self._drawn, self._read = {}, -math.inf, -math.inf
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves it out within an epoch
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         interval = trainer.log_every_n_steps * trainer.accumulate_grad_batches

@@ -9,8 +9,8 @@ and the sampler keep what Lightning does not.
 import csv
 import math
 import re
+import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -24,16 +24,16 @@ from local.config import EVERY, UserError, brief, model_args
 from local.interrupts import Interrupted, Interrupts
 
 KEPT = 2
-NAME = re.compile(r"last-epoch=(\d+)-step=(\d+)\.ckpt")
-# What a run may have another value of and still compute the same. Of the files below root and of
-# the devices, it matters what they are, not how they are called.
+NAME = re.compile(r"last-epoch=(0|[1-9]\d*)-step=(0|[1-9]\d*)\.ckpt")
+# What a run may have another value of and still compute the same, as far as it goes. Of the files
+# below root and of the devices, it matters what they are, not how they are called.
 FREE = {"root", "valid_tracks", "num_workers", "checkpoint_every", "max_skipped_steps", "epochs"}
 FREE |= {"exp_dir", "accelerator", "devices", "num_nodes"}
 
 
 class LastCheckpoints(pl.Callback):
     """Checkpoints from which a run goes on, all taken before an optimizer step: at the start and
-    before the last step of every epoch, in between, when a signal ends the run; and at its end.
+    before the last step of every epoch, in between, and when a signal ends the run; and at its end.
 
     Args:
         every: such as "30 min" or "500 steps".
@@ -48,9 +48,14 @@ class LastCheckpoints(pl.Callback):
         self.folder, self.interrupts = folder, interrupts
 
     def on_train_start(self, trainer, pl_module):
+        step = trainer.global_step
         self._saved_time = self._asked_time = time.monotonic()
-        self._saved_step = self._asked_step = trainer.global_step
-        self._next_question = trainer.global_step + 1
+        self._asked_step, self._next_question = step, step + 1
+        self._saved_step = step if trainer.ckpt_path else -1
+        if trainer.is_global_zero:
+            later = [path for path in list_last(self.folder) if _step_of(path) > step]
+            for path in (*later, *self.folder.glob(".*.tmp")):  # and what a killed run left
+                path.unlink()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         in_a_step, step = trainer.accumulate_grad_batches, trainer.global_step
@@ -72,7 +77,8 @@ class LastCheckpoints(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         stopper = trainer.early_stopping_callback
-        checkpoint = self._dump(trainer, 0)
+        checkpoint = self._dump(trainer)
+        checkpoint["so_far"]["items"] = 0  # of the next epoch
         checkpoint["finished"] = {
             "epochs": trainer.current_epoch,
             "early": stopper is not None and bool(stopper.stopping_reason_message),
@@ -103,7 +109,7 @@ class LastCheckpoints(pl.Callback):
 
     def _take(self, trainer: pl.Trainer, batch_idx: int) -> dict:
         """A checkpoint at the start of a batch, as if that had not been fetched yet."""
-        checkpoint = self._dump(trainer, batch_idx)
+        checkpoint = self._dump(trainer)
         loops = checkpoint["loops"]["fit_loop"]
         if batch_idx == 0:
             for progress in loops["epoch_progress"].values():  # nor has the epoch begun
@@ -115,14 +121,13 @@ class LastCheckpoints(pl.Callback):
                 batches[kind]["ready"] = batches[kind]["started"]
         return checkpoint
 
-    def _dump(self, trainer: pl.Trainer, batches: int) -> dict:
+    def _dump(self, trainer: pl.Trainer) -> dict:
         for logger in trainer.loggers:
             logger.save()
         metrics = self.folder.with_name("logs") / "metrics.csv"
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()
         system = trainer.lightning_module
         checkpoint["so_far"] |= {
-            "batches": batches,
             "metrics": metrics.read_bytes().decode() if metrics.is_file() else "",
             "surroundings": describe_surroundings(
                 trainer, system.train_loader.dataset, system.val_loader.dataset
@@ -166,7 +171,7 @@ def make_loggers(exp_dir: Path, point: dict | None) -> list:
     """For TensorBoard and metrics.csv; from a checkpoint on, if there is one."""
     step, metrics = (point["global_step"], point["so_far"]["metrics"]) if point else (0, "")
     # What a killed run logged later than that will be logged again.
-    going_on = dict(purge_step=step, default_hp_metric=not point)
+    going_on = dict(purge_step=step, default_hp_metric=step == 0)
     # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits for it at the
     # end with it: it wakes when it is time to flush.
     return [
@@ -175,17 +180,21 @@ def make_loggers(exp_dir: Path, point: dict | None) -> list:
     ]
 
 
+def _step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[2])
+
+
 def list_last(folder: Path) -> list[Path]:
     """The last checkpoints in a folder, the newest first."""
     found = {}
     for path in folder.glob("last-*.ckpt"):
-        if place := NAME.fullmatch(path.name):
+        if (place := NAME.fullmatch(path.name)) and path.is_file():
             found[tuple(map(int, place.groups()))] = path
     return [found[place] for place in sorted(found, reverse=True)]
 
 
 def load_last(folder: Path, set_aside: bool) -> tuple[Path | None, dict | None]:
-    """The newest checkpoint that can be read, and its content; nothing where there is none.
+    """The newest checkpoint that can be read, as from `load_point`; nothing where there is none.
 
     Args:
         set_aside: whether those that cannot be read are renamed; they are named in any case.
@@ -194,42 +203,44 @@ def load_last(folder: Path, set_aside: bool) -> tuple[Path | None, dict | None]:
         try:
             return path, load_point(path)
         except UserError as error:
+            aside = path.with_suffix(".damaged")
             if rank_zero_only.rank == 0:
-                print(f"warning: {error}; going on with the one before it")
+                renamed = f"; renamed to {aside.name}" if set_aside else ""
+                print(f"warning: {error}{renamed}", file=sys.stderr)
             if set_aside:
-                path.rename(path.with_suffix(".damaged"))
+                path.rename(aside)
     return None, None
 
 
 def load_point(path: Path) -> dict:
-    """A checkpoint of `LastCheckpoints`.
+    """What a checkpoint of `LastCheckpoints` says of its run: all but the model and its optimizer.
 
     Raises:
         UserError: it is damaged, or another kind.
     """
     try:
         checkpoint = load_weights_only(path)
-        checkpoint["so_far"]["metrics"], checkpoint["training_config"]["optim"]
+        if not isinstance(checkpoint, dict) or "metrics" not in checkpoint.get("so_far", ()):
+            raise ValueError("it is no last-*.ckpt")
     except Exception as error:
         raise UserError(f"{path}: no checkpoint to go on from: {brief(error)}") from None
-    return checkpoint
+    kept = ("epoch", "global_step", "training_config", "so_far", "finished")
+    return {name: checkpoint[name] for name in kept if name in checkpoint}
 
 
-def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str, str]:
+def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str, list[str]]:
     """What a run depends on beside its settings."""
+    tracks = {"training tracks": train_set.tracks, "validation tracks": valid_set.tracks}
     return {
-        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
-        "training tracks": _fingerprint(train_set.tracks),
-        "validation tracks": _fingerprint(valid_set.tracks),
+        "devices": [f"{trainer.world_size} x {trainer.strategy.root_device.type}"],
+        **{
+            name: [f"{track.name} ({track.length} samples)" for track in found]
+            for name, found in tracks.items()
+        },
     }
 
 
-def _fingerprint(tracks: list) -> str:
-    names = [(track.name, track.length) for track in tracks]
-    return f"{len(tracks)} ({zlib.crc32(repr(names).encode()):08x})"
-
-
-def find_changes(conf: dict, surroundings: dict[str, str], point: dict) -> list[str]:
+def find_changes(conf: dict, surroundings: dict[str, list[str]], point: dict) -> list[str]:
     """By what a run would not be the one that a checkpoint is from, a line each."""
     before = point["training_config"]
     changes = [
@@ -238,42 +249,48 @@ def find_changes(conf: dict, surroundings: dict[str, str], point: dict) -> list[
         for key, value in keys.items()
         if key not in FREE and before.get(section, {}).get(key) != value
     ]
-    changes += [
-        f"{name}: {point['so_far']['surroundings'].get(name)} before, {value} now"
-        for name, value in surroundings.items()
-        if point["so_far"]["surroundings"].get(name) != value
-    ]
+    for name, now in surroundings.items():
+        then = point["so_far"]["surroundings"][name]
+        if then != now:
+            gone = [item for item in then if item not in now]
+            new = [item for item in now if item not in then]
+            changes.append(f"{name}: {_first(*gone)} before, {_first(*new)} now")
     return changes
 
 
+def _first(*names: str, most: int = 3) -> str:
+    shown = ", ".join(names[:most]) or "no other"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
 def check_point(
-    conf: dict, point: dict, surroundings: dict[str, str], batches: int, accept_changes: bool
+    conf: dict, point: dict, trainer: pl.Trainer, train_set, valid_set, accept_changes: bool
 ) -> list[str]:
     """What has changed since a checkpoint, a line each, where the run can go on from it.
-
-    Args:
-        surroundings: as `describe_surroundings` has them.
-        batches: of an epoch now, per rank.
 
     Raises:
         UserError: it cannot. Something has changed that was not accepted, or the model has, or
             there is no such place in the run any more.
     """
-    changes = find_changes(conf, surroundings, point)
+    exp_dir, epochs = conf["main_args"]["exp_dir"], conf["training"]["epochs"]
+    changes = find_changes(conf, describe_surroundings(trainer, train_set, valid_set), point)
     is_same_model = model_args(point["training_config"]) == model_args(conf)
     if changes and not (accept_changes and is_same_model):
         advice = "name another --exp_dir"
         if is_same_model:
             advice += ", or go on with --resume_with_changes"
-        heading = f"{conf['main_args']['exp_dir']} holds a run with other settings; {advice}:"
+        heading = f"{exp_dir}: the run had other settings; {advice}:"
         raise UserError("\n  ".join([heading, *changes]))
     if not is_finished(point, conf):
-        epoch, batch = point["epoch"], point["so_far"]["batches"]
-        place = f"the run goes on in epoch {epoch} from batch {batch} on"
-        if epoch >= conf["training"]["epochs"]:
-            raise UserError(f"--epochs {conf['training']['epochs']}: {place}")
-        if batch >= batches:
-            raise UserError(f"{place}, and with these settings an epoch has {batches} batches")
+        place = f"{exp_dir}: the run goes on in epoch {point['epoch']}"
+        if point["epoch"] >= epochs:
+            raise UserError(f"{place}, and --epochs {epochs} has none such")
+        seen = point["so_far"]["items"]
+        if seen >= len(train_set):
+            raise UserError(
+                f"{place} after {seen} items, and with these settings it has {len(train_set)};"
+                " name another --exp_dir"
+            )
     return changes
 
 
@@ -293,5 +310,6 @@ def record_changes(exp_dir: Path, changes: list[str], point: dict) -> None:
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     place = {"epoch": point["epoch"], "step": point["global_step"]}
     added = yaml.safe_dump([{**place, "changes": changes}], allow_unicode=True, sort_keys=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(before + added, encoding="utf-8")
+    if not before.endswith(added):  # by a run that was killed before it had a checkpoint of its own
+        with atomic_path(path) as temporary:
+            temporary.write_text(before + added, encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.checkpoint import atomic_path, save_atomically, save_best_model
-from local.config import UserError, import_asteroid
+from local.checkpoint import atomic_path, load_model, save_atomically, save_best_model
+from local.config import UserError, count_batches, import_asteroid
 from local.inference import separate
 from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
 from local.training import TrainingForward, find_compiler_fault, multiply_as_convolutions_do
@@ -102,10 +103,14 @@ class MusicSystem(System):
         Checkpoints of earlier versions hold the settings of an optimizer that is not fused.
         """
         so_far = checkpoint.get("so_far", {})
-        if "batches" in so_far:  # those of LastCheckpoints alone can be gone on from exactly
+        if "metrics" in so_far:  # those of LastCheckpoints alone can be gone on from exactly
             self._so_far = so_far
-            start = so_far["batches"] * self.train_loader.batch_size
+            batches = count_batches(self.config, so_far["items"], self.trainer.world_size)
+            start = batches * self.train_loader.batch_size
             self.train_loader.sampler.go_on(checkpoint["epoch"], start)
+            if batches:  # they may be of another size now
+                progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+                progress["current"] = dict.fromkeys(progress["current"], batches)
         changed, lr = {}, self.config["optim"]["lr"]
         if checkpoint["training_config"]["optim"]["lr"] != lr:
             changed["lr"] = lr
@@ -244,6 +249,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoints(ModelCheckpoint):
     """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
 
+    NAME = re.compile(r"epoch=\d+-step=\d+(-v\d+)?\.ckpt")
+
     def __init__(self, exp_dir: Path):
         super().__init__(
             exp_dir / "checkpoints",
@@ -254,14 +261,11 @@ class BestCheckpoints(ModelCheckpoint):
         )
         self.exp_dir = exp_dir
         self.exported_score = None  # val_loss of best_model.pth
-        self._exported = ""
 
     def load_state_dict(self, state_dict):
         """Restores what was kept, wherever the run was moved to, and removes what came later."""
-        folder = Path(self.dirpath)
-        paths = {
-            folder / Path(path).name: score for path, score in state_dict["best_k_models"].items()
-        }
+        folder, scores = Path(self.dirpath), state_dict["best_k_models"]
+        paths = {folder / Path(path).name: score for path, score in scores.items()}
         kept = {str(path): score for path, score in paths.items() if path.is_file()}
         best, worst = (choose(kept, key=kept.get, default="") for choose in (min, max))
         is_full = len(kept) == self.save_top_k
@@ -274,11 +278,16 @@ class BestCheckpoints(ModelCheckpoint):
             "kth_value": kept[worst] if is_full else state_dict["kth_value"],
         }
         super().load_state_dict({**state_dict, **restored})
-        self._exported, self.exported_score = best, kept.get(best)
+        if (self.exp_dir / "best_model.pth").is_file():
+            self.exported_score = state_dict["best_model_score"]
         if rank_zero_only.rank == 0:
             for path in folder.glob("epoch=*.ckpt"):
-                if path not in paths:
+                if self.NAME.fullmatch(path.name) and path not in paths:
                     path.unlink()
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.is_global_zero and self.best_model_path and self.exported_score is None:
+            self._export(load_model(self.best_model_path), pl_module.config)
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
@@ -290,6 +299,9 @@ class BestCheckpoints(ModelCheckpoint):
         }
         with atomic_path(self.exp_dir / "best_k_models.json") as temporary:
             temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        if self.best_model_path != self._exported:
-            save_best_model(self.exp_dir / "best_model.pth", pl_module.model, pl_module.config)
-            self._exported, self.exported_score = self.best_model_path, self.best_model_score
+        if self.exported_score is None or self.best_model_score < self.exported_score:
+            self._export(pl_module.model, pl_module.config)
+
+    def _export(self, model, conf):
+        save_best_model(self.exp_dir / "best_model.pth", model, conf)
+        self.exported_score = self.best_model_score

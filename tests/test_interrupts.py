@@ -1,6 +1,7 @@
 """How a run takes signals; that it goes on as if undisturbed is shown in test_resume."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,15 +10,16 @@ import time
 import pytest
 from conftest import ROOT, TINY_RUN, heed_ctrl_c
 
-# Takes a minute for its second step, and says when that begins.
+# Takes its time for the second step, and leaves a file when that begins.
 SLOW_STEP = """
 import time
+from pathlib import Path
 import train
 from local.system import MusicSystem
 
 def step_slowly(system, batch, batch_idx):
     if batch_idx == 1:
-        print("second step", flush=True)
+        Path({marker!r}).touch()
         end = time.monotonic() + {seconds}
         while time.monotonic() < end:
             time.sleep(0.01)
@@ -34,21 +36,23 @@ def start(corpus, tmp_path):
     """Starts a run whose second step takes so many seconds, and returns when that has begun."""
     processes = []
 
-    def start(seconds: float, prepare=heed_ctrl_c, more=()) -> subprocess.Popen:
+    def start(seconds: float, prepare=heed_ctrl_c, more=(), **streams) -> subprocess.Popen:
+        marker = tmp_path / "second step"
         flags = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--epochs", "2", *more]
-        code = SLOW_STEP.format(seconds=seconds, arguments=list(map(str, flags)))
+        arguments = list(map(str, flags))
+        code = SLOW_STEP.format(seconds=seconds, arguments=arguments, marker=str(marker))
         process = subprocess.Popen(
             [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
             preexec_fn=prepare,
             start_new_session=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
         )
         processes.append(process)
-        while "second step" not in process.stdout.readline():
+        while not marker.exists():
             assert process.poll() is None
+            time.sleep(0.05)
         return process
 
     yield start
@@ -92,3 +96,25 @@ def test_a_closed_terminal_ends_a_run_but_not_under_nohup(start, prepare, status
     os.killpg(process.pid, signal.SIGHUP)
     process.communicate(timeout=60)
     assert process.returncode == status
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(start, tmp_path):
+    """As it writes to it, at its bar and where it says how it ended."""
+    terminal, end = pty.openpty()
+    process = start(seconds=2, stdout=end, stderr=end, more=["--samples_per_track", "8"])
+    os.close(end)
+    os.killpg(process.pid, signal.SIGHUP)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 129
+    assert (tmp_path / "run" / "checkpoints" / "last-epoch=0-step=2.ckpt").is_file()
+
+
+def test_ctrl_c_of_a_run_whose_output_goes_through_tee(start, tmp_path):
+    read, write = os.pipe()
+    tee = subprocess.Popen(["tee", tmp_path / "log"], stdin=read, stdout=subprocess.DEVNULL)
+    process = start(seconds=2, stdout=write, stderr=write, more=["--samples_per_track", "8"])
+    os.close(read), os.close(write)
+    os.killpg(process.pid, signal.SIGINT)
+    tee.send_signal(signal.SIGINT)  # as a terminal has it
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "run" / "checkpoints" / "last-epoch=0-step=2.ckpt").is_file()

@@ -21,9 +21,11 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 import train
+from local.checkpoint import load_weights_only
 from local.config import UserError
+from local.musdb18_dataset import EpochSampler, SegmentDataset
 from local.resume import LastCheckpoints, find_changes, list_last, load_last, load_point
-from local.system import MusicSystem
+from local.system import BestCheckpoints, MusicSystem
 
 TIMES = {"items_per_second", "peak_memory_gib"}
 
@@ -269,9 +271,9 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert newest.is_file()
     capsys.readouterr()
     train.main(arguments)
-    printed = capsys.readouterr().out
-    assert f"warning: {newest}: no checkpoint to go on from" in printed
-    assert f"from {before}" in printed
+    printed = capsys.readouterr()
+    assert f"warning: {newest}: no checkpoint to go on from" in printed.err
+    assert f"from {before}" in printed.out
     damaged = newest.with_suffix(".damaged")
     assert damaged.is_file()
     damaged.unlink()
@@ -285,7 +287,8 @@ def test_a_run_whose_last_checkpoints_are_all_damaged_is_kept(
     for path in list_last(exp_dir / "checkpoints"):
         path.write_bytes(b"")
     for _ in range(2):
-        assert "holds a run already" in error_of(train.main, *flags(exp_dir, corpus, epochs=4))
+        error = error_of(train.main, *flags(exp_dir, corpus, epochs=4))
+        assert "holds a run, and no last-*.ckpt from which it could go on; name another" in error
     for name in ("best_model.pth", "logs/metrics.csv", "best_k_models.json", "conf.yml"):
         assert (exp_dir / name).read_bytes() == (undisturbed / name).read_bytes()
 
@@ -326,6 +329,96 @@ def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
 def test_how_often_must_be_said_with_its_unit(every, corpus, tmp_path, error_of):
     error = error_of(train.main, *flags(tmp_path, corpus, "--checkpoint_every", every))
     assert f"--checkpoint_every must be such as '30 min' or '500 steps', got '{every}'" in error
+
+
+# Other files
+
+
+def test_a_run_of_single_steps_goes_on_from_its_first(corpus, tmp_path, monkeypatch):
+    """Killed when the first model is there, and no optimizer step but the first was begun."""
+
+    def pull(best, *args):
+        done(best, *args)
+        raise PulledPlug
+
+    done = BestCheckpoints.on_train_epoch_end
+    run, whole = (flags(tmp_path / name, corpus, "--aggregate", 100) for name in ("run", "whole"))
+    with monkeypatch.context() as patch, pytest.raises(PulledPlug):
+        patch.setattr(BestCheckpoints, "on_train_epoch_end", pull)
+        train.main(run)
+    for arguments in (run, whole):
+        train.main(arguments)
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_run_is_kept_from_a_run(undisturbed, corpus, tmp_path, error_of):
+    exp_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    before = write_times(exp_dir)
+    (point, *_) = list_last(undisturbed / "checkpoints")
+    error = error_of(train.main, *flags(exp_dir, corpus, "--resume", point, epochs=4))
+    assert f"--resume {point}: {exp_dir} holds another run; name another --exp_dir" in error
+    assert write_times(exp_dir) == before
+
+
+def test_what_came_after_an_older_checkpoint_is_dropped(corpus, tmp_path, monkeypatch):
+    exp_dir = tmp_path / "run"
+    run_until(28, flags(exp_dir, corpus), monkeypatch)
+    newest, older = list_last(exp_dir / "checkpoints")
+    changed = flags(exp_dir, corpus, "--resume", older, "--lr", 0.01, "--resume_with_changes")
+    run_until(1, changed, monkeypatch)
+    assert list_last(exp_dir / "checkpoints")[0] == older
+    assert not newest.exists()
+
+
+@pytest.mark.parametrize("gone", ["best_model.pth", "checkpoints/epoch=*.ckpt", "logs/*"])
+def test_files_that_were_deleted(gone, undisturbed, corpus, tmp_path, monkeypatch):
+    exp_dir = tmp_path / "run"
+    run_until(30, flags(exp_dir, corpus), monkeypatch)
+    own = exp_dir / "checkpoints" / "epoch=1-step=12-for-paper.ckpt"
+    own.write_text("kept")
+    (exp_dir / "checkpoints" / ".last-epoch=2-step=99.ckpt.tmp").write_text("by a killed run")
+    for path in exp_dir.glob(gone):
+        if path != own:
+            path.unlink()
+    train.main(flags(exp_dir, corpus))
+    assert own.read_text() == "kept"
+    own.unlink()
+    if gone.startswith("checkpoints"):  # they are no more, nor in the list
+        kept = json.loads((exp_dir / "best_k_models.json").read_text())
+        assert list(kept) == ["checkpoints/epoch=2-step=18.ckpt"]
+        best, expected = (
+            torch.load(folder / "best_model.pth", weights_only=True)["state_dict"]
+            for folder in (exp_dir, undisturbed)
+        )
+        assert all(torch.equal(best[name], expected[name]) for name in expected)
+    else:
+        assert end_of(exp_dir) == end_of(undisturbed)
+
+
+def test_batches_of_another_size_are_of_the_items_that_are_left(corpus, tmp_path, monkeypatch):
+    def note(dataset, items):
+        seen.extend(items)
+        return read(dataset, items)
+
+    seen, read = [], SegmentDataset.__getitems__
+    exp_dir = tmp_path / "run"
+    run_until(9, flags(exp_dir, corpus, epochs=1), monkeypatch)
+    monkeypatch.setattr(SegmentDataset, "__getitems__", note)
+    larger = ["--batch_size", 8, "--aggregate", 1, "--resume_with_changes"]
+    train.main(flags(exp_dir, corpus, *larger, epochs=1))
+    order = list(EpochSampler(48))
+    assert seen == order[32:]
+
+
+def test_two_runs_started_together_are_one(corpus, tmp_path):
+    started = [
+        start_training(tmp_path / "run", *flags("X", corpus)[2:], until=lambda: True)
+        for _ in range(2)
+    ]
+    errors = [process.communicate()[1] for process in started]
+    statuses = [process.returncode for process in started]
+    assert sorted(statuses) == [0, 2]
+    assert "is in use: another run writes to it" in errors[statuses.index(2)]
 
 
 # A full disk
@@ -375,7 +468,7 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(
 def test_the_tracks_are_part_of_a_run(undisturbed, own_corpus, error_of):
     shutil.rmtree(own_corpus / "train" / "Zeno - Signs")
     error = error_of(train.main, *flags(undisturbed, own_corpus, epochs=4))
-    assert "training tracks: 3 (" in error
+    assert "\n  training tracks: Zeno - Signs (14400 samples) before, no other now\n" in error
     assert "validation tracks" not in error
 
 
@@ -406,17 +499,18 @@ def test_a_changed_lr_is_that_of_the_optimizer(corpus, tmp_path, monkeypatch):
     for _ in range(2):  # the second time, nothing has changed
         train.main([*arguments, "--lr", "0.01", "--resume_with_changes"])
         (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
-        assert load_point(newest)["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01
+        content = torch.load(newest, weights_only=True)
+        assert content["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01
 
 
 def test_a_place_that_is_no_more(corpus, tmp_path, error_of, monkeypatch):
     exp_dir = tmp_path / "run"
     run_until(23, flags(exp_dir, corpus), monkeypatch)
     error = error_of(train.main, *flags(exp_dir, corpus, epochs=1))
-    assert "--epochs 1: the run goes on in epoch 1 from batch 10 on" in error
-    larger = ["--batch_size", 6, "--resume_with_changes"]
-    error = error_of(train.main, *flags(exp_dir, corpus, *larger))
-    assert "from batch 10 on, and with these settings an epoch has 8 batches" in error
+    assert "run: the run goes on in epoch 1, and --epochs 1 has none such" in error
+    fewer = ["--samples_per_track", 8, "--resume_with_changes"]
+    error = error_of(train.main, *flags(exp_dir, corpus, *fewer))
+    assert "epoch 1 after 40 items, and with these settings it has 24; name another" in error
 
 
 # Damaged and hostile files
@@ -442,27 +536,31 @@ def test_a_checkpoint_that_would_run_code_is_refused(save, corpus, tmp_path, err
     error = error_of(train.main, *flags(tmp_path / "new", corpus, "--resume", path))
     assert f"{path}: no checkpoint to go on from: " in error
     train.main(flags(tmp_path / "run", corpus, epochs=1))
-    assert f"warning: {path}: no checkpoint to go on from: " in capsys.readouterr().out
+    assert capsys.readouterr().err == (
+        f"warning: {path}: no checkpoint to go on from: it is not made of plain data alone;"
+        " renamed to last-epoch=0-step=1.damaged\n"
+    )
     assert path.with_suffix(".damaged").is_file()
     assert not trace.exists()
 
 
 def test_a_flipped_bit_is_found_or_does_no_harm(undisturbed, tmp_path):
     (newest, *_) = list_last(undisturbed / "checkpoints")
-    content, expected = newest.read_bytes(), load_point(newest)
+    content, expected = newest.read_bytes(), load_weights_only(newest)
     damaged, rng, found = tmp_path / newest.name, np.random.default_rng(0), 0
     for place in rng.integers(len(content), size=300):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.integers(8)
         damaged.write_bytes(flipped)
         try:
-            point = load_point(damaged)
+            load_point(damaged)
         except UserError as error:
             assert str(error).startswith(f"{damaged}: no checkpoint to go on from: ")
             found += 1
         else:
-            assert repr(point) == repr(expected)
-            assert all(map(torch.equal, *(p["state_dict"].values() for p in (point, expected))))
+            loaded = load_weights_only(damaged)
+            assert repr(loaded) == repr(expected)
+            assert all(map(torch.equal, *(p["state_dict"].values() for p in (loaded, expected))))
     assert found > 100
 
 
@@ -481,7 +579,9 @@ def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     last = LastCheckpoints(tmp_path, "0.1 min", SimpleNamespace(signum=0))
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer = SimpleNamespace(world_size=2, global_step=0, strategy=strategy, is_global_zero=True)
+    trainer = SimpleNamespace(
+        world_size=2, global_step=0, ckpt_path=None, strategy=strategy, is_global_zero=True
+    )
     last.on_train_start(trainer, None)
     answers = []
     for trainer.global_step in range(2000):
