@@ -228,10 +228,11 @@ def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
             )
             raise SystemExit(1) from None
         raise
+    else:
+        interrupts.restore_stdout()  # a signal may have come too late to stop it
     finally:
         for process in multiprocessing.active_children():  # of loaders, which heed no SIGTERM
             process.kill()
-        interrupts.restore_stdout()
 
 
 def say(text: str) -> None:

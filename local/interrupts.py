@@ -60,7 +60,7 @@ class Interrupts(pl.Callback):
             raise KeyboardInterrupt
 
     def restore_stdout(self):
-        """For what is to be said when the run has ended."""
+        """For what is to be said of a run that came to its end."""
         if self._stdout is not None:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()

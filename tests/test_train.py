@@ -103,7 +103,7 @@ def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
         re.MULTILINE,
     )
     assert re.search(
-        r"^time       \S+ s per epoch, \S+ s for 1 epoch, measured on batches 2 to 3;",
+        r"^time       \S+ s per epoch, \S+ s for 1 epoch, measured on 2 batches;",
         result.stdout,
         re.MULTILINE,
     )
