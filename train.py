@@ -220,6 +220,8 @@ def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
             raise UserError("another process of this run ended; its error says why") from None
         if fault := describe_lost_worker(error, system):
             raise UserError(fault) from None
+        if isinstance(error, BrokenPipeError):  # of stdout
+            raise
         if isinstance(error, OSError):  # files that cannot be read are DatasetErrors
             exp_dir = system.config["main_args"]["exp_dir"]
             say(

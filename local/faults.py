@@ -53,4 +53,7 @@ def advise_on_memory(system: MusicSystem) -> str:
         less = batch // 2 if batch % 2 == 0 else 1
         more = batch * aggregate // less  # as many items to an optimizer step
         flags.append(f"--batch_size {less} --aggregate {more} (now {batch} and {aggregate})")
-    return f"out of memory in training; these need less: {', '.join(flags)}"
+    return (
+        f"out of memory in training; these need less: {', '.join(flags)}; a run that has begun goes"
+        " on with them and --resume_with_changes"
+    )

@@ -97,8 +97,9 @@ class LastCheckpoints(pl.Callback):
             return self.interrupts.signum, is_late
         if step < self._next_question:
             return 0, False
-        per_step = (now - self._asked_time) / max(step - self._asked_step, 1)
-        pause = min(max(int(self.PAUSE / per_step), 1), self.MOST_STEPS)
+        seconds = max(now - self._asked_time, 1e-6)
+        steps = int(self.PAUSE * (step - self._asked_step) / seconds)
+        pause = min(max(steps, 1), self.MOST_STEPS)
         # The clock of the first rank alone counts: no two are the same.
         own = [self.interrupts.signum, *((is_late, pause) if trainer.is_global_zero else (0, 0))]
         told = torch.tensor(own, device=trainer.strategy.root_device)

@@ -596,37 +596,6 @@ def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
     assert trainer.global_step < 2100
 
 
-def stop(process: subprocess.Popen, signum: int, to_all: bool) -> int:
-    """Sends a signal, to all processes of a run or to the first; the exit status of that."""
-    (os.killpg if to_all else os.kill)(process.pid, signum)
-    try:
-        return process.wait(timeout=120)
-    finally:
-        with suppress(ProcessLookupError):  # of those that it started
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def long_flags(corpus) -> list[str]:
-    """Flags of a run of 3 epochs of 24 steps."""
-    return [*flags("X", corpus, "--samples_per_track", 64)[2:]]
-
-
-@pytest.fixture(scope="module")
-def undisturbed_command(long_flags, tmp_path_factory) -> Path:
-    exp_dir = tmp_path_factory.mktemp("command") / "run"
-    result = run_command("train.py", "--exp_dir", exp_dir, *long_flags, **ONE_THREAD)
-    assert result.returncode == 0, result.stderr
-    return exp_dir
-
-
-def assert_goes_on(exp_dir: Path, flags: list[str], expected: Path) -> None:
-    result = run_command("train.py", "--exp_dir", exp_dir, *flags, **ONE_THREAD)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "goes on    in epoch " in result.stdout
-    assert end_of(exp_dir) == end_of(expected)
-
-
 SIGNALS = {  # whether to all processes of a run, and the status with which it ends
     "Ctrl-C": (signal.SIGINT, True, 130),
     "kill": (signal.SIGTERM, False, 143),
@@ -634,6 +603,46 @@ SIGNALS = {  # whether to all processes of a run, and the status with which it e
     "SLURM": (signal.SIGTERM, True, 143),
     "SLURM in time": (signal.SIGUSR1, True, 138),
 }
+
+
+def train_in_one_thread(exp_dir: Path, flags: list[str]) -> subprocess.CompletedProcess:
+    result = run_command("train.py", "--exp_dir", exp_dir, *flags, **ONE_THREAD)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result
+
+
+def stop_and_go_on(exp_dir: Path, flags: list[str], name: str, step: int, more=()) -> None:
+    """Starts the command, sends it a signal when it has saved that step, and starts it again."""
+    signum, to_all, status = SIGNALS[name]
+    process = start_training(
+        exp_dir,
+        *flags,
+        *more,
+        until=lambda: newest_step(exp_dir) >= step,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **ONE_THREAD},
+    )
+    (os.killpg if to_all else os.kill)(process.pid, signum)
+    try:
+        assert process.wait(timeout=120) == status, process.stderr.read()
+    finally:
+        with suppress(ProcessLookupError):  # of those that it started
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "goes on    in epoch " in train_in_one_thread(exp_dir, flags).stdout
+
+
+@pytest.fixture(scope="module")
+def long_flags(corpus) -> list[str]:
+    """Flags of a run of 3 epochs of 24 steps."""
+    return flags("X", corpus, "--samples_per_track", 64)[2:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_command(long_flags, tmp_path_factory) -> Path:
+    exp_dir = tmp_path_factory.mktemp("command") / "run"
+    train_in_one_thread(exp_dir, long_flags)
+    return exp_dir
 
 
 @pytest.mark.parametrize(
@@ -645,22 +654,13 @@ SIGNALS = {  # whether to all processes of a run, and the status with which it e
     ],
 )
 def test_the_command_goes_on_after_a_signal(name, step, undisturbed_command, long_flags, tmp_path):
-    signum, to_all, status = SIGNALS[name]
-    process = start_training(
-        tmp_path / "run",
-        *long_flags,
-        *["--num_workers", 2],
-        until=lambda: newest_step(tmp_path / "run") >= step,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, **ONE_THREAD},
-    )
-    assert stop(process, signum, to_all) == status, process.stderr.read()
-    assert_goes_on(tmp_path / "run", long_flags, undisturbed_command)
+    stop_and_go_on(tmp_path / "run", long_flags, name, step, more=["--num_workers", 2])
+    assert end_of(tmp_path / "run") == end_of(undisturbed_command)
 
 
 @pytest.fixture(scope="module")
 def flags_of_two(corpus, tmp_path_factory) -> list[str]:
+    """Flags of a run of 3 epochs of 24 steps, of two processes."""
     names = tmp_path_factory.mktemp("names") / "valid.txt"
     names.write_text("Leaf - Summerghost\nZeno - Signs")
     more = ["--devices", 2, "--valid_tracks", names, "--samples_per_track", 128]
@@ -670,22 +670,12 @@ def flags_of_two(corpus, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed_two(flags_of_two, tmp_path_factory) -> Path:
     exp_dir = tmp_path_factory.mktemp("two") / "run"
-    result = run_command("train.py", "--exp_dir", exp_dir, *flags_of_two, **ONE_THREAD)
-    assert result.returncode == 0, result.stderr
+    train_in_one_thread(exp_dir, flags_of_two)
     return exp_dir
 
 
 @slow
 @pytest.mark.parametrize(("name", "step"), [("Ctrl-C", 3), ("kill", 20), ("kill -9", 40)])
 def test_two_processes_go_on_after_a_signal(name, step, undisturbed_two, flags_of_two, tmp_path):
-    signum, to_all, status = SIGNALS[name]
-    process = start_training(
-        tmp_path / "run",
-        *flags_of_two,
-        until=lambda: newest_step(tmp_path / "run") >= step,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, **ONE_THREAD},
-    )
-    assert stop(process, signum, to_all) == status, process.stderr.read()
-    assert_goes_on(tmp_path / "run", flags_of_two, undisturbed_two)
+    stop_and_go_on(tmp_path / "run", flags_of_two, name, step)
+    assert end_of(tmp_path / "run") == end_of(undisturbed_two)

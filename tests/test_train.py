@@ -361,7 +361,8 @@ def test_out_of_memory_in_training_names_the_flags(
     line = error_of(train.main, *flags).strip().splitlines()[-1]
     assert line == (
         "train.py: error: out of memory in training; these need less: --memory most, --precision"
-        " bf16-mixed, --segment below 0.5, --batch_size 3 --aggregate 2 (now 6 and 1)"
+        " bf16-mixed, --segment below 0.5, --batch_size 3 --aggregate 2 (now 6 and 1); a run that"
+        " has begun goes on with them and --resume_with_changes"
     )
 
 
