@@ -234,6 +234,12 @@ class ProgressBar(TQDMProgressBar):
             self._read = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_exception(self, trainer, pl_module, exception):
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.close()  # or else it would be drawn once more, after what is said of the end
+        super().on_exception(trainer, pl_module, exception)
+
     def get_metrics(self, trainer, pl_module):
         return {**self._loss, **super().get_metrics(trainer, pl_module)}
 

@@ -120,6 +120,24 @@ def test_loaders_with_processes_go_on_with_the_right_items(
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
 
+def test_all_random_numbers_go_on(corpus, tmp_path, monkeypatch):
+    """None are drawn in a step as it is."""
+
+    def draw(system, *args):
+        drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        return step(system, *args)
+
+    drawn, step = [], MusicSystem.training_step
+    monkeypatch.setattr(MusicSystem, "training_step", draw)
+    train.main(flags(tmp_path / "whole", corpus))
+    expected, drawn = drawn, []
+    run_until(17, flags(tmp_path / "run", corpus), monkeypatch)
+    assert drawn == expected[:17]
+    drawn.clear()
+    train.main(flags(tmp_path / "run", corpus))
+    assert drawn == expected[16:]
+
+
 @pytest.mark.parametrize(
     "place", ["training_step", "on_validation_epoch_start", "on_train_epoch_end"]
 )
