@@ -118,3 +118,12 @@ def test_ctrl_c_of_a_run_whose_output_goes_through_tee(start, tmp_path):
     tee.send_signal(signal.SIGINT)  # as a terminal has it
     assert process.wait(timeout=60) == 130
     assert (tmp_path / "run" / "checkpoints" / "last-epoch=0-step=2.ckpt").is_file()
+
+
+def test_a_reader_of_the_output_that_is_gone_ends_a_run(start):
+    read, write = os.pipe()
+    process = start(seconds=1, stdout=write, more=["--samples_per_track", "8"])
+    os.close(read), os.close(write)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 141
+    assert "Traceback" not in stderr

@@ -8,7 +8,7 @@ from conftest import RATE, TINY_RUN, TRAIN_NAMES, write_corpus
 import train
 from local import preflight
 from local.checkpoint import locked
-from local.config import count_parameters, make_model, parse_conf
+from local.config import UserError, count_parameters, make_model, parse_conf
 from local.musdb18_dataset import DatasetError, find_tracks
 from local.preflight import (
     check_ends,
@@ -55,6 +55,21 @@ def test_a_place_that_will_not_do(tmp_path, monkeypatch):
         f"--exp_dir: a run writes about 1.8 GB, and 1.2 GB are free in {tmp_path};"
         " make room, or name another folder"
     )
+
+
+def test_what_is_in_the_way_of_folders(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    (tmp_path / "logs").symlink_to(tmp_path / "gone")
+    assert find_place_faults(tmp_path, 1000) == [
+        f"--exp_dir: {tmp_path / name} is in the way: it should be a folder"
+        for name in ("checkpoints", "logs")
+    ]
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot be locked"), locked(tmp_path):
+        pass
 
 
 def test_what_a_run_writes_is_what_it_says(experiment):
