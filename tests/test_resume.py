@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -429,14 +430,15 @@ def test_batches_of_another_size_are_of_the_items_that_are_left(corpus, tmp_path
 
 
 def test_two_runs_started_together_are_one(corpus, tmp_path):
-    started = [
-        start_training(tmp_path / "run", *flags("X", corpus)[2:], until=lambda: True)
-        for _ in range(2)
-    ]
-    errors = [process.communicate()[1] for process in started]
-    statuses = [process.returncode for process in started]
-    assert sorted(statuses) == [0, 2]
-    assert "is in use: another run writes to it" in errors[statuses.index(2)]
+    arguments = flags("X", corpus, epochs=100_000)[2:]
+    started = [start_training(tmp_path / "run", *arguments, until=lambda: True) for _ in range(2)]
+    while all(process.poll() is None for process in started):
+        time.sleep(0.05)
+    ended, going = sorted(started, key=lambda process: process.poll() is None)
+    assert ended.returncode == 2
+    assert "is in use: another run writes to it" in ended.stderr.read()
+    going.kill()
+    assert going.wait() == -signal.SIGKILL
 
 
 # A full disk
