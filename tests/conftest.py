@@ -238,9 +238,12 @@ def run_command(
     return run_python(ROOT / script, *args, cwd=cwd, **variables)
 
 
-def heed_ctrl_c() -> None:
-    """For a child process: a background job of a shell ignores Ctrl-C, and so do its children."""
+def heed_signals() -> None:
+    """For a child process: a background job of a shell ignores Ctrl-C, one under nohup a closed
+    terminal, and so do their children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start_training(exp_dir: Path, *flags, until=None, **options) -> subprocess.Popen:
@@ -252,7 +255,7 @@ def start_training(exp_dir: Path, *flags, until=None, **options) -> subprocess.P
         [sys.executable, ROOT / "train.py", "--exp_dir", exp_dir, *map(str, flags)],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_ctrl_c,
+        preexec_fn=heed_signals,
         **options,
     )
     deadline = time.monotonic() + 120

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY_RUN, heed_ctrl_c
+from conftest import ROOT, TINY_RUN, heed_signals
 
 # Takes its time for the second step, and leaves a file when that begins.
 SLOW_STEP = """
@@ -36,7 +36,7 @@ def start(corpus, tmp_path):
     """Starts a run whose second step takes so many seconds, and returns when that has begun."""
     processes = []
 
-    def start(seconds: float, prepare=heed_ctrl_c, more=(), **streams) -> subprocess.Popen:
+    def start(seconds: float, prepare=heed_signals, more=(), **streams) -> subprocess.Popen:
         marker = tmp_path / "second step"
         flags = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--epochs", "2", *more]
         arguments = list(map(str, flags))
@@ -89,7 +89,7 @@ def ignore_hangups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "status"), [(heed_ctrl_c, 129), (ignore_hangups, 0)], ids=["alone", "nohup"]
+    ("prepare", "status"), [(heed_signals, 129), (ignore_hangups, 0)], ids=["alone", "nohup"]
 )
 def test_a_closed_terminal_ends_a_run_but_not_under_nohup(start, prepare, status):
     process = start(seconds=2, prepare=prepare)
@@ -111,7 +111,8 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(start, tmp_path
 
 def test_ctrl_c_of_a_run_whose_output_goes_through_tee(start, tmp_path):
     read, write = os.pipe()
-    tee = subprocess.Popen(["tee", tmp_path / "log"], stdin=read, stdout=subprocess.DEVNULL)
+    command = ["tee", tmp_path / "log"]
+    tee = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, preexec_fn=heed_signals)
     process = start(seconds=2, stdout=write, stderr=write, more=["--samples_per_track", "8"])
     os.close(read), os.close(write)
     os.killpg(process.pid, signal.SIGINT)

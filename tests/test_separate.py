@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, heed_ctrl_c, make_stems, random_model, write_song, write_times
+from conftest import ROOT, heed_signals, make_stems, random_model, write_song, write_times
 
 from local import separate as command
 from local.checkpoint import load_model
@@ -297,7 +297,7 @@ def test_a_gpu_that_is_not_there(checkpoints, tmp_path, error_of):
 def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
     words = [sys.executable, "-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(words, cwd=ROOT, preexec_fn=heed_ctrl_c, **{**pipes, **kwargs})
+    return subprocess.Popen(words, cwd=ROOT, preexec_fn=heed_signals, **{**pipes, **kwargs})
 
 
 @pytest.fixture
