@@ -41,8 +41,8 @@ class Interrupts(pl.Callback):
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(signum, self._note)
 
-    def on_validation_batch_start(self, *args):
-        if self.signum:
+    def on_validation_batch_start(self, trainer, *args):
+        if self.signum and trainer.is_global_zero:  # which ends the others, and says how to go on
             raise Interrupted
 
     def _note(self, signum, frame):

@@ -69,6 +69,8 @@ class LastCheckpoints(pl.Callback):
             self._save(trainer, self._take(trainer, batch_idx))
         if signum:
             self.interrupts.signum = signum  # another rank may have heard it
+            # Lightning and torchrun end all processes soon after one has ended.
+            trainer.strategy.barrier("the first rank has saved")
             raise Interrupted
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

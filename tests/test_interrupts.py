@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY_RUN, heed_signals
+
+from local.interrupts import Interrupted, Interrupts
 
 # Takes its time for the second step, and leaves a file when that begins.
 SLOW_STEP = """
@@ -129,3 +132,12 @@ def test_a_reader_of_the_output_that_is_gone_ends_a_run(start):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 141
     assert "Traceback" not in stderr
+
+
+def test_the_first_process_ends_a_validation():
+    """And says how to go on; another one that ended before it would take it along."""
+    interrupts = Interrupts()
+    interrupts.signum = signal.SIGTERM
+    interrupts.on_validation_batch_start(SimpleNamespace(is_global_zero=False))
+    with pytest.raises(Interrupted):
+        interrupts.on_validation_batch_start(SimpleNamespace(is_global_zero=True))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from chaos import EVENTS
-from conftest import ROOT, TINY_RUN, run_command, start_training, write_times
+from conftest import ROOT, TINY_RUN, run_command, run_python, start_training, write_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
@@ -654,8 +654,8 @@ def stop_and_go_on(exp_dir: Path, flags: list[str], name: str, step: int, more=(
 
 @pytest.fixture(scope="module")
 def long_flags(corpus) -> list[str]:
-    """Flags of a run of 3 epochs of 24 steps."""
-    return flags("X", corpus, "--samples_per_track", 64)[2:]
+    """Flags of a run of 3 epochs of 48 steps."""
+    return flags("X", corpus, "--samples_per_track", 128)[2:]
 
 
 @pytest.fixture(scope="module")
@@ -680,10 +680,10 @@ def test_the_command_goes_on_after_a_signal(name, step, undisturbed_command, lon
 
 @pytest.fixture(scope="module")
 def flags_of_two(corpus, tmp_path_factory) -> list[str]:
-    """Flags of a run of 3 epochs of 24 steps, of two processes."""
+    """Flags of a run of 3 epochs of 32 steps, of two processes."""
     names = tmp_path_factory.mktemp("names") / "valid.txt"
     names.write_text("Leaf - Summerghost\nZeno - Signs")
-    more = ["--devices", 2, "--valid_tracks", names, "--samples_per_track", 128]
+    more = ["--devices", 2, "--valid_tracks", names, "--samples_per_track", 256]
     return flags("X", corpus, *more)[2:]
 
 
@@ -699,3 +699,38 @@ def undisturbed_two(flags_of_two, tmp_path_factory) -> Path:
 def test_two_processes_go_on_after_a_signal(name, step, undisturbed_two, flags_of_two, tmp_path):
     stop_and_go_on(tmp_path / "run", flags_of_two, name, step)
     assert end_of(tmp_path / "run") == end_of(undisturbed_two)
+
+
+SLOW_DISK = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import train
+from local.resume import LastCheckpoints
+
+class OnSlowDisk(LastCheckpoints):
+    PAUSE = 0  # the other process hears of the signal at the next step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 40 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().on_train_batch_start(trainer, *args)
+
+    def _save(self, trainer, checkpoint):
+        if self.interrupts.signum and trainer.is_global_zero:
+            time.sleep(7)
+        super()._save(trainer, checkpoint)
+
+train.LastCheckpoints = OnSlowDisk
+train.main()
+"""
+
+
+@slow
+def test_no_process_ends_before_the_first_has_saved(undisturbed_two, flags_of_two, tmp_path):
+    """Every 5 s Lightning looks whether one has ended, and kills the others if so."""
+    exp_dir, script = tmp_path / "run", tmp_path / "slow_disk.py"
+    script.write_text(SLOW_DISK.format(root=str(ROOT)))
+    result = run_python(script, "--exp_dir", exp_dir, *flags_of_two, **ONE_THREAD)
+    assert (result.returncode, newest_step(exp_dir)) == (143, 40), result.stderr
+    train_in_one_thread(exp_dir, flags_of_two)
+    assert end_of(exp_dir) == end_of(undisturbed_two)
