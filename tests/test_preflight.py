@@ -57,12 +57,16 @@ def test_a_place_that_will_not_do(tmp_path, monkeypatch):
     )
 
 
-def test_what_is_in_the_way_of_folders(tmp_path):
+def test_what_is_in_the_way(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     (tmp_path / "logs").symlink_to(tmp_path / "gone")
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "conf.yml").write_text("")
+    (tmp_path / "changes.yml").mkdir()
+    kinds = {"checkpoints": "folder", "logs": "folder", "changes.yml": "file"}
     assert find_place_faults(tmp_path, 1000) == [
-        f"--exp_dir: {tmp_path / name} is in the way: it should be a folder"
-        for name in ("checkpoints", "logs")
+        f"--exp_dir: {tmp_path / name} is in the way: it should be a {kind}"
+        for name, kind in kinds.items()
     ]
 
 
