@@ -1,5 +1,6 @@
 """Separate and score MUSDB18's test tracks: python eval.py --exp_dir EXP --out_dir OUT ..."""
 
+import os
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from local.config import (
 )
 from local.inference import separate
 from local.ranks import Ranks, joined_ranks
-from local.references import TestTrack, describe_files, open_test_set, read_mixture
+from local.references import TestTrack, describe_files, list_files, open_test_set, read_mixture
 from local.results import (
     RESULTS,
     ScoredTrack,
@@ -41,6 +42,7 @@ from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
 
 SUFFIXES = CHOICES["suffix"]
+LONGEST_NAME = 255 - len("..json.tmp")  # bytes, of a track whose scores can be written
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +98,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
         out = args.exp_dir / args.out_dir
         kept, missing = [], {}
         if ranks.rank == 0:
-            prepare_out(out, [track.name for track in tracks])
+            prepare_out(out, tracks)
             held.enter_context(locked(out))
             remove_leftovers(out)
             print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
@@ -164,13 +166,20 @@ def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def prepare_out(out: Path, names: list[str]) -> None:
+def prepare_out(out: Path, tracks: list[TestTrack]) -> None:
     """Makes the folder for the results, and in it test/ for the scores per track.
 
     Raises:
-        UserError: it cannot be written, holds scores of tracks that this run will not replace, or
-            a track has the name of one of its files.
+        UserError: it cannot be written, is that of the tracks, holds scores of tracks that this run
+            will not replace, or a track has a name that cannot be had there.
     """
+    names = [track.name for track in tracks]
+    own = {file.parent.resolve() for track in tracks for file in list_files(track)}
+    if own & {folder.resolve() for folder in (out, out / "test", *(out / name for name in names))}:
+        raise UserError(
+            f"--out_dir: {out} is where the test tracks are, and would be overwritten; name"
+            " another --out_dir"
+        )
     scores = (out / "test").glob("*.json")
     others = sorted(path.name for path in scores if path.stem not in names)
     if others:
@@ -178,8 +187,16 @@ def prepare_out(out: Path, names: list[str]) -> None:
             f"--out_dir: {out} holds scores of another test set ({others[0]},"
             f" {len(others)} in all); name another --out_dir"
         )
-    if taken := set(RESULTS) & set(names):
-        raise UserError(f"--root: a track called {min(taken)} would replace the file of that name")
+    faults = [
+        f"--root: a track called {name} would replace what is called so in {out}; rename it"
+        for name in sorted({"test", *RESULTS} & set(names))
+    ]
+    faults += [
+        f"--root: the name of {name} is too long for that of its scores; rename it"
+        for name in names
+        if len(os.fsencode(name)) > LONGEST_NAME
+    ]
+    raise_together(faults)
     try:
         (out / "test").mkdir(parents=True, exist_ok=True)
     except OSError as error:

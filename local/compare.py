@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 
 from local.checkpoint import atomic_path
 from local.config import OneLineParser, UserError, clear_errors, plural, raise_together
-from local.musdb18_dataset import SOURCES, TARGETS
+from local.musdb18_dataset import SOURCES, TARGETS, UNFIT_FOR_NAMES
 from local.results import METRICS, read_scores, summarise
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
@@ -25,6 +25,7 @@ SUFFIXES = (".json", ".json.gz")
 TRAINING_FILE = "best_k_models.json"  # which train.py writes, in EXP
 FILES = ("comparison.txt", "scores.csv", "differences.csv", "scores.png")
 STATISTICS = {"mean": np.mean, "median": np.median}
+MOST_DB = 10_000  # no ratio of two float64 numbers is larger
 RESAMPLES = 10_000
 SEED = 0
 
@@ -63,8 +64,11 @@ def compare(
     if targets and not faults:
         faults += find_missing(scores, targets)
         scores = scores[scores["target"].isin(targets)]
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         faults.append(f"--out: {out} is a file")
+    for name in FILES:
+        if os.path.isdir(out / name):
+            faults.append(f"--out: {out / name} is a folder; it would be a file")
     raise_together(faults, heading="the comparison")
 
     shared = published.merge(scores[["track", "target"]].drop_duplicates())
@@ -103,8 +107,8 @@ def short_name(path: Path, others: list[Path]) -> str:
 
 
 def printable(path: Path | str) -> str:
-    """A path, or its end, whose bytes need not be UTF-8, as text that is."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path, or its end, as text: it may hold control characters, or bytes that are not UTF-8."""
+    return UNFIT_FOR_NAMES.sub(lambda found: ascii(found[0])[1:-1], str(path))
 
 
 def scores_folder(run: Path) -> Path:
@@ -174,7 +178,7 @@ def read_track(path: Path) -> list[dict]:
     """
     scores = read_scores(path)
     frames = [values for metrics in scores.values() for values in metrics.values()]
-    if not frames or any(x.ndim != 1 or not len(x) or np.isinf(x).any() for x in frames):
+    if not frames or any(x.ndim != 1 or not len(x) or (np.abs(x) > MOST_DB).any() for x in frames):
         raise ValueError(f"{path}: expected targets with scores in dB, or NaN, of some frames")
     rows = []
     for target, metrics in scores.items():

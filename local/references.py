@@ -63,11 +63,14 @@ def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
     return [PackedTrack(path, rate) for path in packed]
 
 
+def list_files(track: TestTrack) -> list[Path]:
+    """The files that a track is read from."""
+    return [track.path(name) for name in FILES] if isinstance(track, Track) else [track.path]
+
+
 def describe_files(track: TestTrack) -> dict[str, list[int]]:
     """name -> [bytes, time of the last change in ns], by which changed files are noticed."""
-    packed = isinstance(track, PackedTrack)
-    files = [track.path] if packed else [track.path(name) for name in FILES]
-    stats = {file.name: file.stat() for file in files}
+    stats = {file.name: file.stat() for file in list_files(track)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import yaml
 
 from local.checkpoint import atomic_path
-from local.musdb18_dataset import TARGETS
+from local.musdb18_dataset import TARGETS, UNFIT_FOR_NAMES
 
 METRICS = ("SDR", "SIR", "ISR", "SAR")
 RESULTS = ("results.txt", "results.csv", "results.pandas")
+# What reading data of another kind than expected raises; huge numbers and deep nesting, too.
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 AGGREGATES = {"median": np.nanmedian, "mean": np.nanmean}
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -61,15 +63,22 @@ def read_scores(path: Path) -> Scores:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             targets = json.load(file)["targets"]
-        return {
-            target["name"]: {
+        names = [target["name"] for target in targets]
+        scores = [
+            {
                 metric: np.array([frame["metrics"][metric] for frame in target["frames"]], float)
                 for metric in METRICS
             }
             for target in targets
-        }
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
+        ]
+    except (OSError, EOFError, zlib.error, *DAMAGE):
         raise ValueError(f"{path}: damaged, or no scores of museval") from None
+    for name in names:
+        if not isinstance(name, str) or UNFIT_FOR_NAMES.search(name):
+            raise ValueError(f"{path}: {ascii(name)} is no name of a target")
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: the target {name} is there twice")
+    return dict(zip(names, scores, strict=True))
 
 
 def save_track(out: Path, store, record: dict) -> None:
@@ -107,7 +116,7 @@ def load_track(out: Path, name: str) -> ScoredTrack | None:
         unchanged = record.pop("sha256") == _seal(path, record)
     except FileNotFoundError:
         raise ValueError("nothing says what made its scores") from None
-    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
+    except (yaml.YAMLError, *DAMAGE):
         raise ValueError("its scores or their record are damaged") from None
     if not unchanged:
         raise ValueError("its scores are not those on record")

@@ -169,7 +169,7 @@ class ScoringPool:
         """
         file = self.folder / f"{len(self.futures)}.npy"
         np.save(file, np.stack([estimates[target] for target in TARGETS]))
-        with self._clear_errors():
+        with self._clear_errors(), _interrupts_later():
             future = self.processes.submit(score_file, self.out, track, file, self.scorer, record)
         future.add_done_callback(partial(self._report, track))
         self.futures.append(future)
@@ -226,6 +226,18 @@ def remove_estimates(out: Path) -> None:
     """Removes what a killed run left for scoring."""
     for folder in out.glob(f"{ESTIMATES}.*"):
         shutil.rmtree(folder)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keeps Ctrl-C waiting, and from what is started meanwhile: the server that forks the scoring
+    processes would else die of it within its imports, with a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_process() -> None:

@@ -304,6 +304,12 @@ def test_tracks_that_are_there_twice(tmp_path, error_of):
     assert not (tmp_path / "out").exists()
 
 
+def dump_targets(**db: float) -> str:
+    metrics = {name: dict.fromkeys(METRICS, value) for name, value in db.items()}
+    targets = [{"name": name, "frames": [{"metrics": of}]} for name, of in metrics.items()]
+    return json.dumps({"targets": targets})
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -316,12 +322,35 @@ def test_tracks_that_are_there_twice(tmp_path, error_of):
         json.dumps(
             {"targets": [{"name": "v", "frames": [{"metrics": dict.fromkeys(METRICS, np.inf)}]}]}
         ),
+        dump_targets(v=10**400),
+        dump_targets(v=1e308),
+        dump_targets(**{"\ud800": 1}),
+        dump_targets(**{"a\nb": 1}),
+        dump_targets(v=1).replace('"v"', "5"),
+        dump_targets(v=1).replace('"v"', "null"),
+        dump_targets(v=1, w=1).replace('"w"', '"v"'),
+        "[" * 300_000,
     ],
 )
 def test_json_of_something_else_is_named(tmp_path, error_of, content):
     (tmp_path / "A.json").write_text(content)
     assert f"{tmp_path / 'A.json'}: " in error_of(main, tmp_path, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
+    write_run(tmp_path / "a", tracks=["\x1b[31mred", "two\nlines"])
+    text = compare([tmp_path / "a"], tmp_path / "out")
+    assert "\\x1b[31mred" in text and "two\\nlines" in text and "\x1b" not in text
+
+
+def test_what_is_in_the_way_is_said_before_anything_is_written(tmp_path, error_of):
+    (tmp_path / "out" / "scores.csv").mkdir(parents=True)
+    error = error_of(main, write_run(tmp_path / "a"), "-o", tmp_path / "out")
+    assert f"--out: {tmp_path / 'out' / 'scores.csv'} is a folder" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
+    error = error_of(main, tmp_path / "a", "-o", tmp_path / ("n" * 300))
+    assert "File name too long" in error
 
 
 def test_targets_that_are_not_there(tmp_path, error_of):

@@ -35,7 +35,9 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 import eval as evaluation
 import train
 from local.checkpoint import load_model, locked
+from local.config import UserError
 from local.inference import separate
+from local.references import PackedTrack
 from local.tasnet import ConvTasNetStereo
 
 
@@ -614,7 +616,7 @@ def test_a_reader_that_has_gone(results, tmp_path):
     assert error == ""
 
 
-@pytest.mark.parametrize("name", ["results.txt", "results.csv"])
+@pytest.mark.parametrize("name", ["results.txt", "results.csv", "test"])
 def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / name)
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
@@ -624,7 +626,34 @@ def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_pat
 def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 252))
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert "File name too long" in error_of(evaluation.main, *flags)
+    assert f"the name of {'n' * 252} is too long" in error_of(evaluation.main, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_longest_name_is_scored(experiment, own_corpus, tmp_path):
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 245))
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    evaluate(*flags)
+    assert (tmp_path / "out" / "test" / f"{'n' * 245}.json").is_file()
+
+
+@pytest.mark.parametrize("place", ["", TEST_NAMES[0], "../link"])
+def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp_path, error_of):
+    (own_corpus / "link").symlink_to(own_corpus / "test")
+    before = {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
+    out = own_corpus / "test" / place
+    flags = ["--exp_dir", experiment, "--out_dir", out, "--root", own_corpus, "--n_save_ex", 0]
+    assert f"{out} is where the test tracks are" in error_of(evaluation.main, *flags)
+    assert before == {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
+    assert not list(own_corpus.rglob("*.json"))
+
+
+@pytest.mark.parametrize("place", ["", "test"])
+def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
+    track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
+    with pytest.raises(UserError, match="is where the test tracks are"):
+        evaluation.prepare_out(tmp_path / place, [track])
+    assert not (tmp_path / "test").exists()
 
 
 def test_ctrl_c_ends_in_one_line(experiment, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import musdb
 import museval
 import numpy as np
 import pytest
-from conftest import RATE, make_record
+from conftest import RATE, ROOT, make_record, run_python
 from threadpoolctl import threadpool_info
 
 from local import scoring
@@ -190,6 +190,26 @@ def test_an_interrupt_ends_all_processes(corpus, tmp_path):
         process.join(10)
     assert not multiprocessing.active_children()
     assert [path.name for path in out.iterdir()] == ["test"]
+
+
+def test_an_interrupt_within_the_imports_of_the_server_is_for_the_parent(corpus, tmp_path):
+    """The server that forks the scoring processes imports what they need, and hears Ctrl-C too."""
+    (tmp_path / "pressed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    script = tmp_path / "score_one.py"
+    script.write_text(f"""
+from pathlib import Path
+from test_scoring import *
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    scoring.IMPORTS.append("pressed")
+    track = open_test_set(Path({str(corpus)!r}), RATE, "wav")[0]
+    with ScoringPool(Path({str(make_out(tmp_path))!r}), 1, "bsseval") as pool:
+        pool.submit(track, as_targets(make_estimates(track)), make_record())
+        print(len(pool.finish()[0]), "scored")
+""")
+    result = run_python(script, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'tests'}")
+    assert result.stdout.endswith("1 scored\n"), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):
