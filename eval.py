@@ -177,7 +177,7 @@ def prepare_out(out: Path, tracks: list[TestTrack]) -> None:
     own = {file.parent.resolve() for track in tracks for file in list_files(track)}
     if own & {folder.resolve() for folder in (out, out / "test", *(out / name for name in names))}:
         raise UserError(
-            f"--out_dir: {out} is where the test tracks are, and would be overwritten; name"
+            f"--out_dir: {out} is where the test tracks are, and they would be replaced; name"
             " another --out_dir"
         )
     scores = (out / "test").glob("*.json")

@@ -231,13 +231,19 @@ def remove_estimates(out: Path) -> None:
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
     """Keeps Ctrl-C waiting, and from what is started meanwhile: the server that forks the scoring
-    processes would else die of it within its imports, with a traceback.
+    processes would else die of it within its imports, and a process half started of its parent's
+    end, with a traceback each.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard = []
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process keeps
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_process() -> None:
