@@ -1,5 +1,6 @@
 """Train a stereo ConvTasNet on MUSDB18: python train.py --exp_dir EXP --root MUSDB18 ..."""
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -351,10 +352,19 @@ def set_up_ranks(trainer: pl.Trainer) -> None:
     """Makes processes share gradients at optimizer steps, and wait for each other nowhere else."""
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy._ddp_kwargs.update(gradient_as_bucket_view=True)
+        atexit.register(leave_ranks)
     # Lightning would ask all ranks at every step whether one has heard SIGTERM, and wait for the
     # answer. A rank that hears it here ends as with Ctrl-C, and so end the others.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     trainer._signal_connector._sigterm_notifier_fn = signal.default_int_handler
+
+
+def leave_ranks() -> None:
+    """Ends the threads of gloo, which Lightning leaves running: one that has yet to give back the
+    tensors of a collective aborts its process if Python ends first.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def make_system(conf: dict, model, train_set: SegmentDataset, valid_set: TrackDataset):

@@ -69,7 +69,8 @@ class LastCheckpoints(pl.Callback):
             self._save(trainer, self._take(trainer, batch_idx))
         if signum:
             self.interrupts.signum = signum  # another rank may have heard it
-            self._wait_for_ranks(trainer)
+            # Lightning and torchrun end all processes soon after one has ended.
+            trainer.strategy.barrier("the first rank has saved")
             raise Interrupted
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -85,7 +86,6 @@ class LastCheckpoints(pl.Callback):
             "early": stopper is not None and bool(stopper.stopping_reason_message),
         }
         self._save(trainer, checkpoint)
-        self._wait_for_ranks(trainer)
 
     def _ask_ranks(self, trainer: pl.Trainer) -> tuple[int, bool]:
         """The signal that any rank has heard, 0 for none, and whether the minutes are over.
@@ -146,13 +146,6 @@ class LastCheckpoints(pl.Callback):
             for old in list_last(self.folder)[KEPT:]:
                 old.unlink()
         self._saved_time, self._saved_step = time.monotonic(), checkpoint["global_step"]
-
-    def _wait_for_ranks(self, trainer: pl.Trainer) -> None:
-        """Keeps a rank from ending while the first still saves: Lightning and torchrun end all
-        soon after one has ended. Nor may it end right after a collective: the thread that did the
-        work for gloo gives the tensors back a little later, and aborts if Python has ended.
-        """
-        trainer.strategy.barrier("the first rank has saved")
 
 
 class ContinuedCSVLogger(CSVLogger):

@@ -24,7 +24,6 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 import train
 from local.checkpoint import load_weights_only
 from local.config import UserError
-from local.interrupts import Interrupted
 from local.musdb18_dataset import EpochSampler, SegmentDataset
 from local.resume import LastCheckpoints, find_changes, list_last, load_last, load_point
 from local.system import BestCheckpoints, MusicSystem
@@ -615,44 +614,6 @@ def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
         trainer.global_step += 1
         answers.append(last._ask_ranks(trainer))
     assert trainer.global_step < 2100
-
-
-class OfTwo(LastCheckpoints):
-    """Notes in which order things are done."""
-
-    def __init__(self, folder, interrupts):
-        super().__init__(folder, "30 min", interrupts)
-        self.done = []
-
-    def _ask_ranks(self, trainer):
-        return signal.SIGTERM, False
-
-    def _dump(self, trainer):
-        loops = {"epoch_progress": {}, "epoch_loop.batch_progress": {}}
-        return {"loops": {"fit_loop": loops}, "so_far": {}}
-
-    def _save(self, trainer, checkpoint):
-        self.done.append("saved")
-
-
-def test_a_rank_ends_when_all_are_at_its_end(tmp_path):
-    """Python must not end right after gloo has gathered: a thread of it then aborts."""
-    last = OfTwo(tmp_path, SimpleNamespace(signum=0))
-    strategy = SimpleNamespace(barrier=lambda name: last.done.append("met"))
-    trainer = SimpleNamespace(
-        strategy=strategy,
-        accumulate_grad_batches=1,
-        num_training_batches=4,
-        global_step=3,
-        current_epoch=1,
-        early_stopping_callback=None,
-    )
-    last._saved_step = 2
-    system = SimpleNamespace(config={"training": {"max_steps": -1}})
-    with pytest.raises(Interrupted):
-        last.on_train_batch_start(trainer, system, None, 0)
-    last.on_train_end(trainer, system)
-    assert last.done == ["saved", "met"] * 2
 
 
 SIGNALS = {  # whether to all processes of a run, and the status with which it ends
