@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from local.checkpoint import find_weights, locked, sha256
+from local.checkpoint import LONGEST_NAME, find_weights, locked, sha256
 from local.config import (
     CHOICES,
     OneLineParser,
@@ -42,7 +42,6 @@ from local.stems import need_ffmpeg
 from local.tasnet import ConvTasNetStereo
 
 SUFFIXES = CHOICES["suffix"]
-LONGEST_NAME = 255 - len("..json.tmp")  # bytes, of a track whose scores can be written
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,28 +172,27 @@ def prepare_out(out: Path, tracks: list[TestTrack]) -> None:
         UserError: it cannot be written, is that of the tracks, holds scores of tracks that this run
             will not replace, or a track has a name that cannot be had there.
     """
-    names = [track.name for track in tracks]
+    names, faults = [track.name for track in tracks], []
     own = {file.parent.resolve() for track in tracks for file in list_files(track)}
     if own & {folder.resolve() for folder in (out, out / "test", *(out / name for name in names))}:
-        raise UserError(
+        faults.append(
             f"--out_dir: {out} is where the test tracks are, and they would be replaced; name"
             " another --out_dir"
         )
     scores = (out / "test").glob("*.json")
-    others = sorted(path.name for path in scores if path.stem not in names)
-    if others:
-        raise UserError(
+    if others := sorted(path.name for path in scores if path.stem not in names):
+        faults.append(
             f"--out_dir: {out} holds scores of another test set ({others[0]},"
             f" {len(others)} in all); name another --out_dir"
         )
-    faults = [
+    faults += [
         f"--root: a track called {name} would replace what is called so in {out}; rename it"
         for name in sorted({"test", *RESULTS} & set(names))
     ]
     faults += [
         f"--root: the name of {name} is too long for that of its scores; rename it"
         for name in names
-        if len(os.fsencode(name)) > LONGEST_NAME
+        if len(os.fsencode(f"{name}.json")) > LONGEST_NAME
     ]
     raise_together(faults)
     try:

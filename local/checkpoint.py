@@ -23,6 +23,7 @@ from local.config import UserError, brief, model_args, read_yaml
 from local.tasnet import ConvTasNetStereo
 
 FILE_SUFFIXES = (".pth", ".ckpt")
+LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_path` can write
 MODEL_NAME = ConvTasNetStereo.__name__
 MUSDB18_LICENSE = {
     "title": "MUSDB18",

@@ -20,8 +20,10 @@ READERS = 8  # files at a time; a network drive is asked for many
 CHECKPOINTS = 13  # the ten best, the last two, and one that is being written
 WEIGHT_BYTES = 4  # of the weights of best_model.pth; a checkpoint holds Adam's two averages as well
 LOG_BYTES = 50e6
-FOLDERS = ("checkpoints", "logs", "tensorboard")
-FILES = ("conf.yml", "best_model.pth", "best_k_models.json", "changes.yml")
+WRITTEN = {  # below EXP
+    **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
+    **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json", "changes.yml"), "file"),
+}
 
 
 def check_ends(root: Path, tracks: Sequence[Track]) -> None:
@@ -57,10 +59,9 @@ def find_place_faults(exp_dir: Path, parameters: int) -> list[str]:
             pass
     except OSError as error:
         return [f"--exp_dir: {exp_dir} cannot be written: {place}: {error.strerror}"]
-    kinds = dict.fromkeys(FOLDERS, "folder") | dict.fromkeys(FILES, "file")
     odd = [
         f"--exp_dir: {exp_dir / name} is in the way: it should be a {kind}"
-        for name, kind in kinds.items()
+        for name, kind in WRITTEN.items()
         if os.path.lexists(exp_dir / name) and (exp_dir / name).is_dir() != (kind == "folder")
     ]
     if odd:

@@ -491,10 +491,13 @@ def test_scores_of_other_tracks_are_not_mixed_with_these(
 ):
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
     evaluate(*flags)
-    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Renamed")
+    (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "results.txt")
 
     before = write_times(tmp_path / "out")
-    assert "holds scores of another test set" in error_of(evaluation.main, *flags)
+    error = error_of(evaluation.main, *flags)
+    assert "2 faults" in error
+    assert "holds scores of another test set" in error
+    assert "a track called results.txt would replace" in error
     assert write_times(tmp_path / "out") == before
 
 
