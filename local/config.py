@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from local.fast.training import MEMORY
 from local.musdb18_dataset import DatasetError
 from local.tasnet import ConvTasNetStereo
-from local.training import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 EVERY = r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)"  # how often to take a checkpoint

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from local.rows import RowBlock, RowModel, product_dtype, tile_size
+from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
 from local.streaming import StreamingConvTasNet, can_stream, check_samples
 from local.tasnet import ConvTasNetStereo
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from local.rows import RowModel, tile_size
+from local.fast.rows import RowModel, tile_size
 from local.tasnet import ConvTasNetStereo
 
 

@@ -15,9 +15,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, load_model, save_atomically, save_best_model
 from local.config import UserError, count_batches, import_asteroid
+from local.fast.training import TrainingForward, find_compiler_fault, multiply_as_convolutions_do
 from local.inference import separate
 from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
-from local.training import TrainingForward, find_compiler_fault, multiply_as_convolutions_do
 
 System = import_asteroid("asteroid.engine.system").System
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from local.rows import GlobalNorm, LocalNorm, RowDepthwise, RowModel
+from local.fast.rows import GlobalNorm, LocalNorm, RowDepthwise, RowModel
 from local.tasnet import ConvTasNetStereo, GlobalLayerNorm
 
 

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import local.system
 from local.checkpoint import load_model
 from local.config import UserError, make_model, parse_conf
+from local.fast.training import MEMORY, TrainingForward
 from local.musdb18_dataset import EpochSampler
 from local.progress import ProgressBar
 from local.system import BestCheckpoints, MusicSystem
-from local.training import MEMORY, TrainingForward
 
 FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
 

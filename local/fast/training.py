@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from local.rows import decode, embed, encode, product_dtype, wide
+from local.fast.rows import decode, embed, encode, product_dtype, wide
 from local.tasnet import EPS, ChannelwiseLayerNorm, ConvTasNetStereo, TemporalBlock
 
 MEMORY = ("none", "some", "most")

@@ -1,0 +1,1 @@
+"""Fast formulas for ConvTasNetStereo."""
