@@ -5,7 +5,7 @@ import musdb
 import museval
 import numpy as np
 import pytest
-from conftest import SHARED, make_stems, needs_golden
+from conftest import SHARED, make_stems, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -258,7 +258,7 @@ def test_real_music_is_scored_as_exactly_as_museval_does(excerpts):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 + 10 * own_deviation)
 
 
-@needs_golden
+@needs_shared
 def test_museval_s_own_regression_case():
     """Uniform noise for the training excerpt: numpy's seed 0, vocals before accompaniment."""
     (track,) = musdb.DB(root=str(SHARED / "data" / "musdb18_excerpts"), subsets="train")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SHARED, needs_golden, run_python
+from conftest import SHARED, needs_shared, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,7 +169,7 @@ def test_targets_come_in_a_fixed_order():
     ]
 
 
-@needs_golden
+@needs_shared
 def test_the_medians_of_published_systems(tmp_path):
     text = compare([PUBLISHED / "OpenUnmix", PUBLISHED / "MMDenseLSTM" / "test"], tmp_path)
     known = {
@@ -189,7 +189,7 @@ def test_the_medians_of_published_systems(tmp_path):
     assert "accompaniment: nothing to pair, OpenUnmix or all others" in text
 
 
-@needs_golden
+@needs_shared
 def test_the_published_scores_are_those_of_the_specification():
     text = (SHARED / "spec.md").read_text(encoding="utf-8")
     number = r"(\d+\.\d+)"

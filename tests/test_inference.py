@@ -10,7 +10,6 @@ from conftest import (
     load_golden,
     load_golden_model,
     model_confs,
-    needs_golden,
     random_model,
     run_python,
 )
@@ -49,7 +48,6 @@ def tile(request, monkeypatch):
     return request.param
 
 
-@needs_golden
 def test_matches_the_baseline_of_the_challenge():
     settings_, golden, _ = load_golden("overlap_add")
     model, _ = load_golden_model(settings_["model"])
@@ -116,7 +114,6 @@ def test_an_input_shorter_than_a_window_is_what_the_model_returns():
         torch.testing.assert_close(separate(model, mixture, segment=1.0), forward(model, mixture))
 
 
-@needs_golden
 @pytest.mark.parametrize("tile", [37, 1024], indirect=True)
 @pytest.mark.parametrize(
     "name",

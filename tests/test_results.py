@@ -5,7 +5,7 @@ from pathlib import Path
 import museval
 import numpy as np
 import pytest
-from conftest import SHARED, make_record, needs_golden
+from conftest import SHARED, make_record, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -199,7 +199,7 @@ def test_any_scores_are_read(tmp_path_factory, targets, packed):
             np.testing.assert_array_equal(found[name][metric], values[:shortest])
 
 
-@needs_golden
+@needs_shared
 @pytest.mark.parametrize(
     "system, medians",
     [

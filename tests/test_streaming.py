@@ -5,7 +5,6 @@ from conftest import (
     forward,
     load_golden_model,
     model_confs,
-    needs_golden,
     random_model,
 )
 from hypothesis import given, settings
@@ -33,7 +32,6 @@ def assert_same(actual, expected):
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
-@needs_golden
 @pytest.mark.parametrize("name", ["causal_cln", "causal_id_mono"])
 @pytest.mark.parametrize("size", [61, 10**6])
 def test_equals_the_published_model(name, size):

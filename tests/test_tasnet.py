@@ -4,7 +4,7 @@ import warnings
 import pytest
 import textbook
 import torch
-from conftest import load_golden_model, needs_golden
+from conftest import load_golden_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -31,7 +31,6 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@needs_golden
 @pytest.mark.parametrize("name", GOLDEN)
 def test_matches_the_published_model(name):
     model, golden = load_golden_model(name)
