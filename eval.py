@@ -1,5 +1,6 @@
 """Separate and score MUSDB18's test tracks: python eval.py --exp_dir EXP --out_dir OUT ..."""
 
+import inspect
 import os
 from argparse import Namespace
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from local.checkpoint import LONGEST_NAME, find_weights, locked, sha256
 from local.config import (
@@ -14,10 +16,12 @@ from local.config import (
     OneLineParser,
     UserError,
     clear_errors,
+    is_failed_access,
     plural,
     raise_together,
     read_yaml,
 )
+from local.fast.equal import describe_fast
 from local.inference import separate
 from local.ranks import Ranks, joined_ranks
 from local.references import TestTrack, describe_files, list_files, open_test_set, read_mixture
@@ -32,14 +36,13 @@ from local.results import (
 from local.scoring import SCORERS, ScoringPool, choose_jobs, remove_estimates
 from local.separate import (
     add_method_flags,
-    check_method,
+    check_flags,
     load_separator,
     name_targets,
     progress_bar,
     save_estimates,
 )
 from local.stems import need_ffmpeg
-from local.tasnet import ConvTasNetStereo
 
 SUFFIXES = CHOICES["suffix"]
 
@@ -53,6 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         except BrokenPipeError:
             raise
         except OSError as error:
+            places = (args.exp_dir, args.root, args.checkpoint and Path(args.checkpoint))
+            if not is_failed_access(error, *filter(None, places)):
+                raise
             place = error.filename or args.exp_dir / args.out_dir
             reason = error.strerror or f"cannot be written (is the disk full?): {error}"
             raise UserError(f"{place}: {reason}") from None
@@ -92,7 +98,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
         checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
         root, suffix = find_test_set(args)
         model = load_separator(checkpoint).to(choose_device(args, ranks))
-        check_method(model, args)
+        check_flags(model, args)
         tracks = open_test_set(root, model.samplerate, suffix)
         out = args.exp_dir / args.out_dir
         kept, missing = [], {}
@@ -100,8 +106,8 @@ def evaluate(args: Namespace) -> dict[str, str]:
             prepare_out(out, tracks)
             held.enter_context(locked(out))
             remove_leftovers(out)
-            print(describe_evaluation(args, checkpoint, root, len(tracks)), flush=True)
-            records = plan_records(tracks, args, describe_settings(args, checkpoint))
+            print(describe_evaluation(args, checkpoint, root, len(tracks), model), flush=True)
+            records = plan_records(tracks, args, describe_settings(args, checkpoint, model))
             kept, missing = find_scored(records, out)
         longest_first = sorted(
             ranks.broadcast(missing).items(), key=lambda item: item[0].seconds, reverse=True
@@ -208,7 +214,9 @@ def remove_leftovers(out: Path) -> None:
     remove_estimates(out)
 
 
-def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) -> str:
+def describe_evaluation(
+    args: Namespace, checkpoint: str | Path, root: Path, tracks: int, model: nn.Module
+) -> str:
     """What will be scored on what, for the first screen."""
     device = torch.cuda.get_device_name() if args.use_gpu else "the CPU"
     if not args.use_gpu and torch.cuda.is_available():
@@ -218,15 +226,17 @@ def describe_evaluation(args: Namespace, checkpoint, root: Path, tracks: int) ->
         windows = ""
     return (
         f"{plural(tracks, 'test track')} of {root}\n"
-        f"separated by {checkpoint} on {device}, method {args.method}{windows}"
+        f"separated by {checkpoint} on {device}, method {args.method}{windows}\n"
+        f"through {describe_fast(model, args.fast)}"
     )
 
 
-def describe_settings(args: Namespace, checkpoint: str | Path) -> dict:
+def describe_settings(args: Namespace, checkpoint: str | Path, model: nn.Module) -> dict:
     """What decides about the scores of a track: runs that have it in common give the same."""
     window = {"segment": args.segment, "overlap": args.overlap}
     return {
         "checkpoint": sha256(find_weights(checkpoint)),
+        "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
         "method": args.method,
         **(window if args.method == "overlap-add" else {}),
         "scorer": args.scorer,
@@ -276,7 +286,7 @@ def find_scored(
 def score_share(
     records: dict[TestTrack, dict],
     out: Path,
-    model: ConvTasNetStereo,
+    model: nn.Module,
     args: Namespace,
     ranks: Ranks,
 ) -> tuple[list[ScoredTrack], dict[str, str]]:
@@ -302,7 +312,7 @@ def score_share(
 
 
 def separate_track(
-    track: TestTrack, model: ConvTasNetStereo, args: Namespace, title: str
+    track: TestTrack, model: nn.Module, args: Namespace, title: str
 ) -> dict[str, np.ndarray]:
     """target -> (2, T) estimate.
 
@@ -311,7 +321,8 @@ def separate_track(
     """
     mixture = torch.from_numpy(read_mixture(track))
     with progress_bar(title, mixture.shape[-1], model.samplerate) as bar:
-        sources = separate(model, mixture, args.method, args.segment, args.overlap, bar.update)
+        window = args.segment, args.overlap
+        sources = separate(model, mixture, args.method, *window, bar.update, args.fast)
     estimates = name_targets(sources)
     for target, estimate in estimates.items():
         if not np.isfinite(estimate).all():

@@ -34,6 +34,7 @@ from local.config import (
     count_batches,
     count_parameters,
     find_faults,
+    is_failed_access,
     make_model,
     parse_conf,
     plural,
@@ -104,14 +105,19 @@ def train(conf: dict) -> None:
         if writes:
             held.enter_context(reserved(exp_dir))
         path, point = find_point(exp_dir, options["resume"], set_aside=writes)
-        description = describe_run(conf, train_set, valid_set, trainer)
         if point:
             accept_changes = options["resume_with_changes"]
             changes = check_point(conf, point, trainer, train_set, valid_set, accept_changes)
             if is_finished(point, conf):
                 if trainer.is_global_zero:
-                    print(describe_finished(path, point))
+                    print(describe_finished(path, point, changes))
                 return
+        system = make_system(conf, make_model(conf), train_set, valid_set)
+        try:
+            description = describe_run(system, trainer)
+        except ValueError as error:
+            raise UserError(f"--fast {conf['training']['fast']}: {error}") from None
+        if point:
             description += f"\n{describe_point(path, point, conf, trainer)}"
         if options["check"]:
             print(f"{description}\nnothing was found that would stop this run; nothing was written")
@@ -122,7 +128,6 @@ def train(conf: dict) -> None:
             write_conf(conf)
             print(description, flush=True)
         trainer.loggers = make_loggers(exp_dir, point)
-        system = make_system(conf, make_model(conf), train_set, valid_set)
         fit(trainer, system, path)
         if trainer.is_global_zero:
             print(f"{describe_stop(trainer)}; {describe_best(trainer)}")
@@ -223,8 +228,8 @@ def fit(trainer: pl.Trainer, system: MusicSystem, point: Path | None) -> None:
             raise UserError(fault) from None
         if isinstance(error, BrokenPipeError):  # of stdout
             raise
-        if isinstance(error, OSError):  # files that cannot be read are DatasetErrors
-            exp_dir = system.config["main_args"]["exp_dir"]
+        exp_dir = Path(system.config["main_args"]["exp_dir"])
+        if isinstance(error, OSError) and is_failed_access(error, exp_dir):
             say(
                 f"\ntrain.py: error: {exp_dir} cannot be written (is the disk full?):"
                 f" {brief(error)}; ended {describe_end(trainer)}"

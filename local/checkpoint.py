@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
+from torch import nn
 from torch.torch_version import TorchVersion
 
-from local.config import UserError, brief, model_args, read_yaml
+from local.config import UserError, brief, model_args, model_name, read_yaml
+from local.models import MODELS, PUBLISHED, build_model
 from local.tasnet import ConvTasNetStereo
 
 FILE_SUFFIXES = (".pth", ".ckpt")
 LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_path` can write
-MODEL_NAME = ConvTasNetStereo.__name__
 MUSDB18_LICENSE = {
     "title": "MUSDB18",
     "title_link": "https://sigsep.github.io/datasets/musdb.html",
@@ -77,11 +78,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_best_model(path: Path, model: ConvTasNetStereo, conf: dict) -> None:
+def save_best_model(path: Path, model: nn.Module, conf: dict) -> None:
     """Writes a best_model.pth: plain types and tensors, all that is needed to rebuild the model."""
     packages = ("torch", "pytorch-lightning", "asteroid")
     content = {
-        "model_name": MODEL_NAME,
+        "model_name": model_name(conf),
         "model_args": model_args(conf),
         "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "infos": {"software_versions": {name: version(name) for name in packages}},
@@ -124,12 +125,13 @@ def load_weights_only(path: Path):
         raise ValueError("it is not made of plain data alone") from None
 
 
-def load_model(source: str | Path) -> ConvTasNetStereo:
+def load_model(source: str | Path) -> nn.Module:
     """The model of a checkpoint, in eval mode, on the CPU.
 
     Args:
-        source: a best_model.pth (ours, or a published one beside its conf.yml), a Lightning .ckpt
-            of this recipe, a folder written by `save_pretrained`, or the name of a hub repository.
+        source: a best_model.pth (ours, or a published one beside its conf.yml) or a Lightning .ckpt
+            of this recipe; or, of ConvTasNetStereo alone, a folder written by `save_pretrained`,
+            or the name of a hub repository.
 
     Raises:
         UserError: there is no such thing, it is damaged, or it holds another model.
@@ -164,7 +166,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _load_file(path: Path) -> ConvTasNetStereo:
+def _load_file(path: Path) -> nn.Module:
     try:
         content = load_weights_only(path)
     except Exception as error:
@@ -173,19 +175,28 @@ def _load_file(path: Path) -> ConvTasNetStereo:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"--checkpoint {path}: holds no state_dict, so it is no model")
-    name = content.get("model_name", MODEL_NAME)
-    if name != MODEL_NAME:
-        raise UserError(f"--checkpoint {path}: holds a {name}, expected a {MODEL_NAME}")
+    name = _find_model_name(content)
+    if name not in MODELS:
+        raise UserError(
+            f"--checkpoint {path}: holds a {name}; local/models.py has {', '.join(MODELS)}"
+        )
     # Lightning's names are those of the System, whose model is `model`.
     state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
     try:
-        model = ConvTasNetStereo(**_find_model_args(path, content))
+        model = build_model(name, _find_model_args(path, content))
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--checkpoint {path}: another model: {brief(error)}") from None
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise UserError(f"--checkpoint {path}: its weights hold NaN or infinity")
     return model
+
+
+def _find_model_name(content: dict) -> str:
+    if "model_name" in content:
+        return str(content["model_name"])
+    conf = content.get("training_config")
+    return str(model_name(conf)) if isinstance(conf, dict) else PUBLISHED
 
 
 def _find_model_args(path: Path, content: dict) -> dict:

@@ -1,26 +1,36 @@
 """conf.yml and flags to one checked dictionary, errors to one line, asteroid to an import."""
 
 import argparse
+import errno
 import importlib
 import io
 import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
-from local.fast.training import MEMORY
+from local.models import (
+    MODELS,
+    PUBLISHED,
+    build_model,
+    find_keyword_faults,
+    find_shape_fault,
+    sketch_model,
+)
 from local.musdb18_dataset import DatasetError
-from local.tasnet import ConvTasNetStereo
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 EVERY = r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)"  # how often to take a checkpoint
+VALID_METHODS = ("full", "overlap-add")
+FAST = ("auto", "yes", "no")  # whether to go by the fast formulas
+MEMORY = ("none", "some", "most")  # how much the backward pass computes again
 OPTIONS = ("exp_dir", "check", "resume", "resume_with_changes")
 RESUME_HELP = "auto: go on with the run in exp_dir; never; or a checkpoint to go on from [auto]"
 CHANGES_HELP = "go on although settings have changed, and record them"
@@ -45,6 +55,7 @@ SCHEMA = {
         "mask_nonlinear": str,
     },
     "training": {
+        "model": str,
         "epochs": int,
         "batch_size": int,
         "num_workers": int,
@@ -58,6 +69,8 @@ SCHEMA = {
         "precision": str,
         "compile": str,
         "memory": str,
+        "fast": str,
+        "valid_method": str,
         "max_steps": int,
         "max_skipped_steps": int,
         "checkpoint_every": str,
@@ -90,10 +103,13 @@ LEAST = {
 ABOVE_ZERO = ("lr", "segment")
 LIMITS = ("max_steps", "max_valid_tracks")
 CHOICES = {
+    "model": tuple(MODELS),
     "accelerator": ("auto", "cpu", "gpu"),
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
     "compile": ("auto", "yes", "no"),
     "memory": MEMORY,
+    "fast": FAST,
+    "valid_method": VALID_METHODS,
     "suffix": ("wav", "flac"),
 }
 
@@ -134,6 +150,19 @@ def clear_errors(command: str) -> Iterator[None]:
         message = str(error).rpartition("DatasetError: ")[2].strip()
         print(f"{command}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def is_failed_access(error: OSError, *places: Path) -> bool:
+    """Whether a disk failed or was full, or what could not be opened lies in one of the places.
+
+    Anything else comes from code that opens files of its own, whose traceback says where.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return True
+    if not isinstance(error.filename, (str, bytes)):
+        return False
+    path = Path(os.fsdecode(error.filename)).resolve()
+    return any(path.is_relative_to(place.resolve()) for place in places)
 
 
 def raise_together(faults: list[str], heading: str = "") -> None:
@@ -186,6 +215,8 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
         description="Train a stereo ConvTasNet on MUSDB18. Defaults are in conf.yml.",
     )
     exp_dir = conf.pop("main_args")["exp_dir"]
+    # Their keys may have the names of others, which asteroid's parser refuses.
+    of_models = {name: conf.pop(name) for name in MODELS if name in conf}
     parser.add_argument("--exp_dir", default=exp_dir)
     parser.add_argument("--check", action="store_true", help=CHECK_HELP)
     parser.add_argument("--resume", default="auto", help=RESUME_HELP)
@@ -197,6 +228,9 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     parsed = parser_utils.parse_args_as_dict(parser, args=argv)
     # asteroid's result also holds leftovers of argparse: help and an empty positional group.
     conf = {section: parsed[section] for section in conf}
+    name = conf["training"]["model"]
+    if name in of_models:
+        conf[name] = of_models[name]
     conf["main_args"] = {name: parsed["main_args"][name] for name in OPTIONS}
     return conf
 
@@ -208,7 +242,16 @@ def read_conf(path: Path) -> dict:
         UserError: lists every fault of the file.
     """
     conf = read_yaml(path)
-    faults = [f"{name}: unknown section" for name in conf if name not in SCHEMA]
+    of_models = [name for name in MODELS if name in conf and name != PUBLISHED]
+    faults = [f"{name}: unknown section" for name in conf if name not in (*SCHEMA, *of_models)]
+    for name in of_models:
+        conf[name] = {} if conf[name] is None else conf[name]
+        is_section = isinstance(conf[name], dict)
+        faults += (
+            find_keyword_faults(name, conf[name])
+            if is_section
+            else [f"{name}: expected keywords of the model, got {conf[name]!r}"]
+        )
     for name, keys in SCHEMA.items():
         section = conf.get(name)
         if not isinstance(section, dict):
@@ -244,7 +287,7 @@ def read_yaml(path: Path) -> dict:
 
 def find_faults(conf: dict) -> list[str]:
     """What is wrong with the values of a configuration, a line each, named by their flags."""
-    values = {key: value for section in conf.values() for key, value in section.items()}
+    values = {key: value for name in SCHEMA for key, value in conf[name].items()}
     faults = [
         f"--{key} must be at least {least}, got {values[key]}"
         for key, least in LEAST.items()
@@ -277,8 +320,6 @@ def find_faults(conf: dict) -> list[str]:
         faults.append(f"--valid_tracks: no such file: {values['valid_tracks']}")
     if not values["exp_dir"]:
         faults.append("--exp_dir must not be empty")
-    if 0 < values["segment"] * values["sample_rate"] < values["L"]:
-        faults.append(f"--segment {values['segment']} is shorter than a frame (--L {values['L']})")
     if values["accelerator"] == "gpu" and not torch.cuda.is_available():
         faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
     targets = 2 if values["mix_background"] else 4
@@ -292,9 +333,18 @@ def find_faults(conf: dict) -> list[str]:
     return faults + _model_faults(conf)
 
 
+def model_name(conf: dict) -> str:
+    """The entry of local/models.py that a configuration names; earlier ones name none."""
+    return conf.get("training", {}).get("model", PUBLISHED)
+
+
 def model_args(conf: dict) -> dict:
-    """The keywords of ConvTasNetStereo that a configuration gives."""
-    return {**conf["convtasnet"], "samplerate": conf["data"]["sample_rate"]}
+    """The keywords of the model's constructor that a configuration gives."""
+    network, name = conf["convtasnet"], model_name(conf)
+    if name != PUBLISHED:
+        shared = {key: network[key] for key in ("C", "audio_channels")}
+        network = {**conf.get(name, {}), **shared}
+    return {**network, "samplerate": conf["data"]["sample_rate"]}
 
 
 def count_batches(conf: dict, items: int, ranks: int) -> int:
@@ -302,28 +352,32 @@ def count_batches(conf: dict, items: int, ranks: int) -> int:
     return items // ranks // conf["training"]["batch_size"]
 
 
-def make_model(conf: dict) -> ConvTasNetStereo:
+def make_model(conf: dict) -> nn.Module:
     """The model of a configuration, with new weights."""
-    return ConvTasNetStereo(**model_args(conf))
+    return build_model(model_name(conf), model_args(conf))
 
 
 def count_parameters(conf: dict) -> int:
     """Those of the model of a valid configuration."""
-    return sum(parameter.numel() for parameter in _make_meta_model(conf).parameters())
-
-
-def _make_meta_model(conf: dict) -> ConvTasNetStereo:
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # making the model in earnest warns
-        return make_model(conf)
+    model = sketch_model(model_name(conf), model_args(conf))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _model_faults(conf: dict) -> list[str]:
+    name, data = model_name(conf), conf["data"]
+    if name not in MODELS:
+        return []
     try:
-        _make_meta_model(conf)
-    except ValueError as error:
-        return [f"--{fault}" for fault in str(error).split("; ")]
-    return []
+        model = sketch_model(name, model_args(conf))
+    except (ValueError, TypeError) as error:
+        if name == PUBLISHED:
+            return [f"--{fault}" for fault in str(error).split("; ")]
+        return [f"{name} in conf.yml: {brief(error)}"]
+    least = getattr(getattr(model, "encoder", None), "length", 1)
+    if 0 < data["segment"] * data["sample_rate"] < least:
+        return [f"--segment {data['segment']} is shorter than a frame (--L {least})"]
+    fault = find_shape_fault(model, int(data["segment"] * data["sample_rate"]))
+    return [f"--model {name}: {fault}"] if fault else []
 
 
 def _as_type(value, kind: type):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from local.fast.equal import choose_fast
 from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
-from local.streaming import StreamingConvTasNet, can_stream, check_samples
+from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
 
 METHODS = ("overlap-add", "full", "stream")
@@ -24,21 +25,26 @@ def separate(
     segment: float = SEGMENT,
     overlap: float = OVERLAP,
     progress: Progress | None = None,
+    fast: str = "auto",
 ) -> Tensor:
     """Separates a song.
 
     - "overlap-add": window by window with crossfades, as the challenge's baseline does.
-    - "full": what the model makes of the whole song at once, in a fraction of the memory.
-    - "stream": the same for a causal model without gLN, in constant memory.
+    - "full": what the model makes of the whole song at once; by the fast formulas in a fraction
+      of the memory.
+    - "stream": the same for a causal model without gLN, in constant memory, by the fast formulas
+      alone.
 
     Args:
-        model: in eval mode, on any device. For "overlap-add" any module does that has C,
-            audio_channels, samplerate and encoder.length as a ConvTasNetStereo has them.
+        model: in eval mode, on any device: any module from (M, audio_channels, T) to
+            (M, C, audio_channels, T) that has C, audio_channels and samplerate as attributes.
         mixture: stays where it is; pieces of it travel to the model's device and back.
         method: one of METHODS.
         segment: seconds; of "overlap-add" alone.
         overlap: seconds, fewer than the segment's; of "overlap-add" alone.
         progress: called with the number of samples just finished.
+        fast: "auto" goes by the fast formulas where they equal the model, "yes" refuses a model
+            that they do not equal, "no" goes through the model itself.
 
     Shape:
         - mixture: (audio_channels, T)
@@ -46,38 +52,95 @@ def separate(
 
     Raises:
         ValueError: the mixture, the method, the segment or the overlap cannot be, or the model
-            cannot be streamed.
+            cannot be streamed, is not equal to the fast formulas with fast="yes", or gives another
+            shape.
     """
     if mixture.dim() != 2 or len(mixture) != model.audio_channels:
         raise ValueError(f"expected ({model.audio_channels}, time), got {tuple(mixture.shape)}")
     check_samples(mixture)
+    is_fast = check_method(model, method, segment, overlap, fast)
     progress = progress or (lambda samples: None)
     if method == "overlap-add":
-        return _overlap_add(model, mixture, segment, overlap, progress)
-    if method == "stream" or (method == "full" and can_stream(model)):
-        return _stream(model, mixture, progress)
-    if method == "full":
-        return _full(model, mixture, progress)
-    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        return _overlap_add(model, mixture, segment, overlap, progress, is_fast)
+    if not is_fast:
+        return _through_model(model, mixture, progress)
+    streams = method == "stream" or not find_stream_fault(model)
+    return (_stream if streams else _full)(model, mixture, progress)
+
+
+def check_method(
+    model: nn.Module, method: str, segment: float, overlap: float, fast: str = "auto"
+) -> bool:
+    """Whether `separate` goes by the fast formulas.
+
+    Raises:
+        ValueError: it cannot do with these arguments.
+    """
+    is_fast = choose_fast(model, fast)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "overlap-add":
+        if not 0 <= overlap < segment < 1e9:
+            raise ValueError(
+                f"expected 0 <= overlap < segment < 1e9 seconds, got {overlap} and {segment}"
+            )
+        least, rate = least_samples(model), model.samplerate
+        if segment * rate < least:
+            raise ValueError(
+                f"expected a segment of at least one filter of the model, {least / rate:.6f}"
+                f" seconds, got {segment}"
+            )
+    if method == "stream":
+        if fast == "no":
+            raise ValueError("a stream goes by the fast formulas alone, and fast is no")
+        if fault := find_stream_fault(model):
+            raise ValueError(fault)
+    return is_fast
+
+
+def _through_model(model: nn.Module, mixture: Tensor, progress: Progress) -> Tensor:
+    """The whole song at once."""
+    estimates = run_model(model, mixture[None].to(next(model.parameters())))[0]
+    progress(mixture.shape[-1])
+    return estimates.to(mixture)
+
+
+def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
+    """What a model makes of mixtures: (M, audio_channels, T) -> (M, C, audio_channels, T).
+
+    Raises:
+        ValueError: of another shape.
+    """
+    batch, channels, time = mixtures.shape
+    if time == 0:
+        return mixtures.new_zeros(batch, model.C, channels, 0)
+    estimates = model(mixtures)
+    if estimates.shape != (batch, model.C, channels, time):
+        raise ValueError(
+            f"the model must give {(batch, model.C, channels, time)} for a mixture of"
+            f" {tuple(mixtures.shape)}, got {tuple(estimates.shape)}"
+        )
+    return estimates
+
+
+def least_samples(model: nn.Module) -> int:
+    """The shortest window that a model should get: a filter, where it names its length."""
+    return getattr(getattr(model, "encoder", None), "length", 1)
 
 
 def _overlap_add(
-    model: nn.Module, mixture: Tensor, segment: float, overlap: float, progress: Progress
+    model: nn.Module,
+    mixture: Tensor,
+    segment: float,
+    overlap: float,
+    progress: Progress,
+    is_fast: bool,
 ) -> Tensor:
     """A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into
     the one before; there the two are crossfaded linearly, both ends of the ramp included. The
     first window has nothing before it and the last nothing after it: the song's ends do not fade.
     """
-    rate, length, time = model.samplerate, model.encoder.length, mixture.shape[-1]
-    if not 0 <= overlap < segment < 1e9:
-        raise ValueError(
-            f"expected 0 <= overlap < segment < 1e9 seconds, got {overlap} and {segment}"
-        )
-    if segment * rate < length:
-        raise ValueError(
-            f"expected a segment of at least one filter of the model, {length / rate:.6f} seconds,"
-            f" got {segment}"
-        )
+    rate, time = model.samplerate, mixture.shape[-1]
     hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)
     like = next(model.parameters())
     ends = range(hop, max(time, 1) + hop, hop)
@@ -86,7 +149,8 @@ def _overlap_add(
     estimates = mixture.new_zeros(model.C, *mixture.shape)
     for group in _group_spans(spans, count_windows(like.device)):
         mixtures = torch.stack([mixture[:, start:end] for start, end in group])
-        for (start, end), window in zip(group, _forward(model, mixtures.to(like)), strict=True):
+        windows = _forward(model, mixtures.to(like), is_fast)
+        for (start, end), window in zip(group, windows, strict=True):
             if start > 0:
                 window[..., :fade] *= ramp
             if end < time:
@@ -112,11 +176,11 @@ def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple
     yield group
 
 
-def _forward(model: nn.Module, mixtures: Tensor) -> Tensor:
+def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:
     """(M, audio_channels, T) -> (M, C, audio_channels, T), by tiles on a CPU, where they pay."""
-    if type(model) is ConvTasNetStereo and mixtures.device.type == "cpu":
+    if is_fast and mixtures.device.type == "cpu":
         return torch.stack([separate(model, mixture, "full") for mixture in mixtures])
-    return model(mixtures)
+    return run_model(model, mixtures)
 
 
 def _stream(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:

@@ -11,39 +11,61 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from local.config import count_batches, count_parameters, plural
+from local.config import count_batches, plural
+from local.fast.equal import choose_fast, describe_fast
 from local.musdb18_dataset import SegmentDataset, TrackDataset
 from local.preflight import describe_disk, describe_versions
+from local.recipe import describe_object, describe_optimizer, list_schedules
+from local.recompute import find_recomputed
 from local.resume import list_last
-from local.streaming import can_stream
+from local.streaming import find_stream_fault
+from local.tasnet import ConvTasNetStereo
 
 
-def describe_run(conf: dict, train_set, valid_set, trainer: pl.Trainer) -> str:
-    """What will be trained on what, for the first screen."""
-    training, data, network = conf["training"], conf["data"], conf["convtasnet"]
+def describe_run(system: pl.LightningModule, trainer: pl.Trainer) -> str:
+    """What will be trained on what, for the first screen.
+
+    Raises:
+        ValueError: `--fast yes`, and the fast formulas differ from the model.
+    """
+    conf = system.config
+    training, data = conf["training"], conf["data"]
+    train_set, valid_set = system.train_loader.dataset, system.val_loader.dataset
     exp_dir = Path(conf["main_args"]["exp_dir"])
     batches = count_batches(conf, len(train_set), trainer.world_size)
-    direction = "causal" if network["causal"] else "non-causal"
-    halved = "halved after 5 epochs without a better val_loss" if training["half_lr"] else "fixed"
-    early = ", or 20 without a better val_loss" if training["early_stop"] else ""
-    parameters = count_parameters(conf)
+    parameters = sum(parameter.numel() for parameter in system.model.parameters())
+    stopper = trainer.early_stopping_callback
+    early = f", or {describe_object(stopper)}" if stopper else ""
     rows = {
-        "model": f"ConvTasNetStereo, {direction}, {network['norm_type']},"
-        f" {parameters:,} parameters, {data['sample_rate']} Hz",
+        "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
+        f" {data['sample_rate']} Hz",
+        "runs as": describe_fast(system.model, training["fast"], training=True),
         "training": f"{_tracks(train_set)}, in random segments of {data['segment']} s",
-        "validation": f"{_tracks(valid_set)}, whole",
+        "validation": f"{_tracks(valid_set)}, {training['valid_method']}",
         "data": data["root"],
         "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
         f" {training['batch_size']} per device,"
         f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
         "end": f"after {plural(training['epochs'], 'epoch')}{early}",
-        "optimizer": f"Adam, lr {conf['optim']['lr']}, {halved}; seed {training['seed']}",
+        "loss": describe_object(system.loss_func),
+        "optimizer": f"{describe_optimizer(system.optimizer)}; seed {training['seed']}",
+        "schedule": ", ".join(map(describe_object, list_schedules(system))) or "none",
         "devices": f"{_devices(trainer)}, precision {training['precision']},"
         f" memory {training['memory']}, compile {training['compile']}",
         "versions": describe_versions(),
         "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
     }
+    if not choose_fast(system.model, training["fast"], training=True):
+        note = find_recomputed(system.model, training["memory"])[1]
+        rows["runs as"] += f"; {note}" if note else ""
     return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
+
+
+def describe_model(model: torch.nn.Module) -> str:
+    name = type(model).__name__
+    if not isinstance(model, ConvTasNetStereo):
+        return name
+    return f"{name}, {'causal' if model.causal else 'non-causal'}, {model.norm_type}"
 
 
 def _tracks(dataset: SegmentDataset | TrackDataset) -> str:
@@ -69,15 +91,16 @@ def describe_point(path: Path, point: dict, conf: dict, trainer: pl.Trainer) -> 
     return f"{'goes on':<11}in epoch {point['epoch']}, batch {batch}, from {path}"
 
 
-def describe_finished(path: Path, point: dict) -> str:
-    """Why there is nothing to do after the last checkpoint of a run."""
+def describe_finished(path: Path, point: dict, changes: list[str]) -> str:
+    """Why there is nothing to do after the last checkpoint of a run, and what has changed since."""
     end, most = point["finished"], point["training_config"]["training"]["max_steps"]
     why = "more --epochs extend it"
     if end["early"]:
         why = "it stopped early"
     elif 0 < most <= point["global_step"]:
         why = f"it had --max_steps {most}"
-    return f"{path.parent.parent} is finished, after {plural(end['epochs'], 'epoch')}; {why}"
+    line = f"{path.parent.parent} is finished, after {plural(end['epochs'], 'epoch')}; {why}"
+    return "\n  ".join([f"{line}; since then:" if changes else line, *changes])
 
 
 def describe_stop(trainer: pl.Trainer) -> str:
@@ -182,11 +205,18 @@ class Forecast(pl.Callback):
         else:
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             place = "in each process"
+        measured = (
+            f"{'memory':<11}{peak / 2**30:.2f} of {total / 2**30:.1f} GiB ({peak / total:.0%})"
+            f" {place}, measured in training"
+        )
+        training = system.config["training"]
+        is_fast = choose_fast(system.model, training["fast"], training=True)
+        if training["valid_method"] != "full" or not is_fast:
+            return measured
         track = max(system.val_loader.dataset.tracks, key=lambda track: track.length)
         validation = validation_memory(system, track.length)
         return (
-            f"{'memory':<11}{peak / 2**30:.2f} of {total / 2**30:.1f} GiB ({peak / total:.0%})"
-            f" {place}, measured in training; about {validation / 2**30:.2f} GiB for the longest"
+            f"{measured}; about {validation / 2**30:.2f} GiB for the longest"
             f" validation track ({describe_time(track.seconds)}), not measured"
         )
 
@@ -204,8 +234,10 @@ class Forecast(pl.Callback):
 
 
 def validation_memory(system: pl.LightningModule, samples: int) -> int:
-    """Bytes that separate(model, track, "full") keeps while it works on a track of `samples`."""
-    if can_stream(system.model):
+    """Bytes that separate(model, track, "full") keeps while it works on a track of `samples`, by
+    the fast formulas.
+    """
+    if not find_stream_fault(system.model):
         return 0
     sizes, training = system.config["convtasnet"], system.config["training"]
     width = 4 if training["precision"] == "32-true" else 2  # bytes of what products give

@@ -157,7 +157,10 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     made_with = found.record["made_with"]
     if made_with.get("checkpoint") != wanted["made_with"]["checkpoint"]:
         return "made with another checkpoint"
-    for key in {**wanted["made_with"], **made_with}:
+    now = wanted["made_with"].get("model_code")
+    if made_with.get("model_code", now) != now:  # earlier versions kept none
+        return "made with other code of the model"
+    for key in {**wanted["made_with"], **made_with}.keys() - {"model_code"}:
         before, now = made_with.get(key), wanted["made_with"].get(key)
         if before != now:
             return f"made with {key} {before}, not {now}"

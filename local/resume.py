@@ -20,8 +20,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, load_weights_only, save_atomically
-from local.config import EVERY, UserError, brief, model_args
+from local.config import EVERY, UserError, brief, model_args, model_name
 from local.interrupts import Interrupted, Interrupts
+from local.recipe import describe_code, describe_objects, find_code_changes
 
 KEPT = 2
 NAME = re.compile(r"last-epoch=(0|[1-9]\d*)-step=(0|[1-9]\d*)\.ckpt")
@@ -46,6 +47,7 @@ class LastCheckpoints(pl.Callback):
         minutes, steps = re.fullmatch(EVERY, every).groups()
         self.seconds, self.steps = 60 * float(minutes or math.inf), int(steps or 0)
         self.folder, self.interrupts = folder, interrupts
+        describe_code()  # before anybody edits it
 
     def on_train_start(self, trainer, pl_module):
         step = trainer.global_step
@@ -135,6 +137,8 @@ class LastCheckpoints(pl.Callback):
             "surroundings": describe_surroundings(
                 trainer, system.train_loader.dataset, system.val_loader.dataset
             ),
+            "code": describe_code(),
+            "objects": describe_objects(system, trainer),
         }
         return checkpoint
 
@@ -277,24 +281,38 @@ def check_point(
     """
     exp_dir, epochs = conf["main_args"]["exp_dir"], conf["training"]["epochs"]
     changes = find_changes(conf, describe_surroundings(trainer, train_set, valid_set), point)
-    is_same_model = model_args(point["training_config"]) == model_args(conf)
+    code_changes = find_code_changes(point["so_far"].get("code", {}))
+    if is_finished(point, conf) and not changes:
+        return code_changes
+    changes += code_changes
+    is_same_model = describe_network(point["training_config"]) == describe_network(conf)
     if changes and not (accept_changes and is_same_model):
         advice = "name another --exp_dir"
         if is_same_model:
             advice += ", or go on with --resume_with_changes"
-        heading = f"{exp_dir}: the run had other settings; {advice}:"
+        heading = f"{exp_dir}: the run is not what it was; {advice}:"
         raise UserError("\n  ".join([heading, *changes]))
-    if not is_finished(point, conf):
-        place = f"{exp_dir}: the run goes on in epoch {point['epoch']}"
-        if point["epoch"] >= epochs:
-            raise UserError(f"{place}, and --epochs {epochs} has none such")
-        seen = point["so_far"]["items"]
-        if seen >= len(train_set):
-            raise UserError(
-                f"{place} after {seen} items, and with these settings it has {len(train_set)};"
-                " name another --exp_dir"
-            )
+    if is_finished(point, conf):
+        return changes
+    if "objects" not in point["so_far"]:
+        raise UserError(
+            f"{exp_dir}: its last-*.ckpt are of an earlier version of this recipe, and a run cannot"
+            " go on from them; name another --exp_dir"
+        )
+    place = f"{exp_dir}: the run goes on in epoch {point['epoch']}"
+    if point["epoch"] >= epochs:
+        raise UserError(f"{place}, and --epochs {epochs} has none such")
+    seen = point["so_far"]["items"]
+    if seen >= len(train_set):
+        raise UserError(
+            f"{place} after {seen} items, and with these settings it has {len(train_set)};"
+            " name another --exp_dir"
+        )
     return changes
+
+
+def describe_network(conf: dict) -> tuple[str, dict]:
+    return model_name(conf), model_args(conf)
 
 
 def is_finished(point: dict, conf: dict) -> bool:

@@ -23,11 +23,13 @@ import numpy as np
 import soundfile as sf
 import soxr
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from local.checkpoint import atomic_path, load_model
 from local.config import (
     CLOSED_PIPE,
+    FAST,
     INTERRUPTED,
     OneLineParser,
     UserError,
@@ -35,11 +37,11 @@ from local.config import (
     plural,
     raise_together,
 )
-from local.inference import METHODS, OVERLAP, SEGMENT, separate
+from local.fast.equal import describe_fast
+from local.inference import METHODS, OVERLAP, SEGMENT, check_method, separate
 from local.musdb18_dataset import TARGETS
 from local.stems import need_ffmpeg
 from local.streaming import StreamingConvTasNet
-from local.tasnet import ConvTasNetStereo
 
 # What counts as a song in a folder; a file that is named itself may be called anything.
 SUFFIXES = frozenset(
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.stream:
             status = stream(model, args.stream)
         else:
-            check_method(model, args)
+            check_flags(model, args)
+            print(f"through {describe_fast(model, args.fast)}")
             status = 1 if separate_songs(model, args) else 0
     raise SystemExit(status)
 
@@ -90,6 +93,13 @@ def add_method_flags(parser: ArgumentParser) -> None:
     add("--method", choices=METHODS, default=METHODS[0], help="of separation [%(default)s]")
     add("--segment", type=float, default=SEGMENT, help="overlap-add: seconds [%(default)s]")
     add("--overlap", type=float, default=OVERLAP, help="overlap-add: crossfade [%(default)s]")
+    add(
+        "--fast",
+        choices=FAST,
+        default=FAST[0],
+        help="fast formulas; auto: where they equal the"
+        " model; yes: or fail; no: the model itself [%(default)s]",
+    )
 
 
 def find_faults(args: Namespace) -> list[str]:
@@ -98,7 +108,9 @@ def find_faults(args: Namespace) -> list[str]:
     faults = [f"no such file or folder: {song}" for song in args.songs if not exists[song]]
     if args.stream:
         if args.songs:
-            faults.append(f"--stream reads stdin; leave {args.songs[0]} away")
+            faults.append(f"--stream reads stdin; omit {args.songs[0]}")
+        if args.fast == "no":
+            faults.append("--stream goes by the fast formulas alone; omit --fast no")
         for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
             if file is None or file.isatty():
                 kind = "closed" if file is None else "a terminal"
@@ -123,7 +135,7 @@ def find_faults(args: Namespace) -> list[str]:
     return faults
 
 
-def load_separator(checkpoint: str | Path) -> ConvTasNetStereo:
+def load_separator(checkpoint: str | Path) -> nn.Module:
     """A model that has vocals first, and something else after it.
 
     Raises:
@@ -138,16 +150,17 @@ def load_separator(checkpoint: str | Path) -> ConvTasNetStereo:
     return model
 
 
-def check_method(model: ConvTasNetStereo, args: Namespace) -> None:
+def check_flags(model: nn.Module, args: Namespace) -> None:
     """Raises a UserError where the model cannot be used as the arguments say."""
-    try:
-        separate(model, torch.zeros(2, 0), args.method, args.segment, args.overlap)
-    except ValueError as error:
-        flags = "--segment, --overlap" if args.method == "overlap-add" else "--method"
-        raise UserError(f"{flags}: {error}") from None
+    flags = {"overlap-add": "--segment, --overlap"}.get(args.method, "--method")
+    for flag, method in {f"--fast {args.fast}": "full", flags: args.method}.items():
+        try:
+            check_method(model, method, args.segment, args.overlap, args.fast)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
 
 
-def separate_songs(model: ConvTasNetStereo, args: Namespace) -> dict[Path, str]:
+def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     """Separates all songs into folders of OUT; returns those that failed, and why.
 
     Raises:
@@ -208,9 +221,7 @@ def list_songs(folder: Path, out: Path) -> list[Path]:
     return songs
 
 
-def separate_song(
-    model: ConvTasNetStereo, song: Path, folder: Path, args: Namespace, title: str
-) -> None:
+def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, title: str) -> None:
     """Writes the estimates of a song, with its length, its rate and its number of channels.
 
     Raises:
@@ -228,6 +239,7 @@ def separate_song(
             args.segment,
             args.overlap,
             bar.update,
+            args.fast,
         )
     estimates = {}
     for target, estimate in name_targets(sources).items():
@@ -316,7 +328,7 @@ def save_estimates(
         print(f"{folder}: {plural(clipped, 'sample')} beyond full scale clipped; see --float32")
 
 
-def stream(model: ConvTasNetStereo, target: str) -> int:
+def stream(model: nn.Module, target: str) -> int:
     """Separates what comes through stdin until it ends or Ctrl-C is pressed; returns the exit
     status.
 

@@ -4,13 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from local.fast.equal import find_difference
 from local.fast.rows import RowModel, tile_size
 from local.tasnet import ConvTasNetStereo
 
 
-def can_stream(model: ConvTasNetStereo) -> bool:
-    """Whether no output depends on what is still to come."""
-    return model.causal and model.norm_type != "gLN"
+def find_stream_fault(model: torch.nn.Module) -> str:
+    """Why a model cannot be streamed; nothing where it can."""
+    if difference := find_difference(model):
+        return f"only what the fast formulas compute can be streamed, not this model: {difference}"
+    if model.causal and model.norm_type != "gLN":
+        return ""
+    kind = "causal" if model.causal else "non-causal"
+    return (
+        "only a causal model with norm_type cLN, BN or id can be streamed,"
+        f" got a {kind} one with {model.norm_type}"
+    )
 
 
 class StreamingConvTasNet:
@@ -19,19 +28,16 @@ class StreamingConvTasNet:
     What is returned is final, and all of it joined is what the model makes of the whole mixture.
 
     Args:
-        model: causal, with cLN, BN or id, in eval mode; its weights must stay as they are.
+        model: causal, with cLN, BN or id, in eval mode, equal to the fast formulas (see
+            local/fast/equal.py); its weights must stay as they are.
 
     Raises:
         ValueError: the model is another one.
     """
 
     def __init__(self, model: ConvTasNetStereo):
-        if not can_stream(model):
-            kind = "causal" if model.causal else "non-causal"
-            raise ValueError(
-                "only a causal model with norm_type cLN, BN or id can be streamed,"
-                f" got a {kind} one with {model.norm_type}"
-            )
+        if fault := find_stream_fault(model):
+            raise ValueError(fault)
         self._model, self._rows = model, RowModel(model)
         self.reset()
 

@@ -2,22 +2,21 @@
 
 import json
 import math
-import random
 import re
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, load_model, save_atomically, save_best_model
 from local.config import UserError, count_batches, import_asteroid
-from local.fast.training import TrainingForward, find_compiler_fault, multiply_as_convolutions_do
 from local.inference import separate
 from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
+from local.random_states import get_random_states, set_random_states
+from local.recipe import describe_objects, keep_edits
+from local.training_forward import choose_forward
 
 System = import_asteroid("asteroid.engine.system").System
 
@@ -27,38 +26,41 @@ class MusicSystem(System):
 
     Logs loss at the log interval, and at every epoch train_loss (its mean), val_loss, lr,
     items_per_second over all devices, peak_memory_gib of the process that took most, and
-    skipped_steps, those whose gradients were not finite. No training step waits for the device.
-    The optimizer must be a fused one: it alone can skip a step by what it finds on the device. The
-    sampler of the training items must be an EpochSampler.
+    skipped_steps, those whose gradients were not finite. With a fused optimizer no training step
+    waits for the device; any other is told by this process to skip a step. The sampler of the
+    training items must be an EpochSampler.
     """
 
     _so_far = None  # of a checkpoint from which the run goes on
 
     def on_fit_start(self):
         training = self.config["training"]
-        compiled = training["compile"] == "yes"
-        if self.device.type == "cuda":
-            compiled = training["compile"] != "no"
-            multiply_as_convolutions_do()
-        note = "at the first step, which takes a minute or two for it" if compiled else ""
-        if compiled and (fault := find_compiler_fault(self.device)):
-            note = f"torch.compile does not work here, going on without it: {fault}"
-            compiled = False
+        self._separate_segments, note = choose_forward(self.model, training, self.device)
         if note and self.trainer.is_global_zero:
             print(f"compile    {note}", flush=True)  # there is no bar yet for self.print to go by
-        self._separate_segments = TrainingForward(self.model, training["memory"], compiled)
 
     def common_step(self, batch, batch_nb, train=True):
         """The loss of a batch of (mixture, targets): (M, 2, T), (M, C, 2, T).
 
-        Segments and whole tracks each go through the model in the way that suits them best; both
-        give its numbers.
+        Raises:
+            UserError: the model gives estimates of another shape than the targets.
         """
         mixtures, targets = batch
         if train:
             estimates = self._separate_segments(mixtures)
         else:
-            estimates = torch.stack([separate(self.model, mixture, "full") for mixture in mixtures])
+            training = self.config["training"]
+            estimates = torch.stack(
+                [
+                    separate(self.model, mixture, training["valid_method"], fast=training["fast"])
+                    for mixture in mixtures
+                ]
+            )
+        if estimates.shape != targets.shape:
+            raise UserError(
+                f"{type(self.model).__name__} gives {tuple(estimates.shape)} for mixtures of"
+                f" {tuple(mixtures.shape)}; the targets are {tuple(targets.shape)}"
+            )
         return self.loss_func(estimates, targets)
 
     def training_step(self, batch, batch_nb):
@@ -78,9 +80,13 @@ class MusicSystem(System):
             scaler.unscale_(optimizer)
         limit = gradient_clip_val or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        optimizer.found_inf = (~norm.isfinite()).float()  # read by the fused kernel, on the device
-        self._skipped += optimizer.found_inf
-        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * optimizer.found_inf
+        is_skipped = (~norm.isfinite()).float()
+        self._skipped += is_skipped
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * is_skipped
+        if all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = is_skipped  # read by the fused kernel, on the device
+        elif is_skipped:  # any optimizer passes over parameters without a gradient
+            optimizer.zero_grad(set_to_none=True)
 
     def on_save_checkpoint(self, checkpoint):
         """Adds what is summed up in an epoch, and the states of random numbers."""
@@ -98,9 +104,8 @@ class MusicSystem(System):
         }
 
     def on_load_checkpoint(self, checkpoint):
-        """Goes on within the epoch that the checkpoint is from, with the lr that is configured now.
-
-        Checkpoints of earlier versions hold the settings of an optimizer that is not fused.
+        """Goes on within the epoch that the checkpoint is from, with the objects that are there
+        now: what train.py makes them of comes before what they were made of.
         """
         so_far = checkpoint.get("so_far", {})
         if "metrics" in so_far:  # those of LastCheckpoints alone can be gone on from exactly
@@ -111,12 +116,12 @@ class MusicSystem(System):
             if batches:  # they may be of another size now
                 progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
                 progress["current"] = dict.fromkeys(progress["current"], batches)
-        changed, lr = {}, self.config["optim"]["lr"]
-        if checkpoint["training_config"]["optim"]["lr"] != lr:
-            changed["lr"] = lr
+            keep_edits(checkpoint, describe_objects(self, self.trainer))
+        current = self.optimizer.param_groups[0]
+        own = {name: current[name] for name in ("fused", "foreach") if name in current}
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
-                group.update(fused=True, foreach=None, **changed)
+                group.update(own)
 
     def on_train_start(self):
         self._skipped_in_a_row = torch.zeros((), device=self.device)
@@ -220,24 +225,6 @@ class MusicSystem(System):
         )
 
 
-def get_random_states(device: torch.device) -> dict:
-    """Of all generators that a run could draw from, in types that are plain data."""
-    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    name, keys, *rest = np.random.get_state()
-    states["numpy"] = (name, keys.tolist(), *rest)
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: dict, device: torch.device) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """How Lightning writes checkpoints, made atomic."""
 
@@ -249,7 +236,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoints(ModelCheckpoint):
     """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
 
-    NAME = re.compile(r"epoch=\d+-step=\d+(-v\d+)?\.ckpt")
+    NAME = re.compile(r"epoch=\d+-step=(\d+)(-v\d+)?\.ckpt")
 
     def __init__(self, exp_dir: Path):
         super().__init__(
@@ -263,7 +250,7 @@ class BestCheckpoints(ModelCheckpoint):
         self.exported_score = None  # val_loss of best_model.pth
 
     def load_state_dict(self, state_dict):
-        """Restores what was kept, wherever the run was moved to, and removes what came later."""
+        """Restores what was kept, wherever the run was moved to."""
         folder, scores = Path(self.dirpath), state_dict["best_k_models"]
         paths = {folder / Path(path).name: score for path, score in scores.items()}
         kept = {str(path): score for path, score in paths.items() if path.is_file()}
@@ -280,12 +267,13 @@ class BestCheckpoints(ModelCheckpoint):
         super().load_state_dict({**state_dict, **restored})
         if (self.exp_dir / "best_model.pth").is_file():
             self.exported_score = state_dict["best_model_score"]
-        if rank_zero_only.rank == 0:
-            for path in folder.glob("epoch=*.ckpt"):
-                if self.NAME.fullmatch(path.name) and path not in paths:
-                    path.unlink()
 
     def on_train_start(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            for path in Path(self.dirpath).glob("epoch=*.ckpt"):
+                name = self.NAME.fullmatch(path.name)
+                if name and int(name[1]) > trainer.global_step:
+                    path.unlink()
         if trainer.is_global_zero and self.best_model_path and self.exported_score is None:
             self._export(load_model(self.best_model_path), pl_module.config)
 

@@ -101,6 +101,11 @@ class ConvTasNetStereo(nn.Module, PyTorchModelHubMixin):
         estimates = self.decoder(weights, masks)
         return F.pad(estimates, (0, time - estimates.shape[-1]))
 
+    @property
+    def block_class(self) -> type[nn.Module]:
+        """What `--memory` computes again in the backward pass: see local/recompute.py."""
+        return TemporalBlock
+
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs):
         # The mixin's own default lets a folder with other weights pass for this model.

@@ -33,16 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import textbook
 
+from local.config import MEMORY
 from local.fast.rows import tile_size
-from local.fast.training import (
-    MEMORY,
-    TrainingForward,
-    find_compiler_fault,
-    multiply_as_convolutions_do,
-)
+from local.fast.training import TrainingForward, multiply_as_convolutions_do
 from local.inference import METHODS, separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
+from local.training_forward import find_compiler_fault
 
 RATE = 44100
 SIZES = dict(N=256, B=256, H=512, X=10, R=4)  # of the published models

@@ -10,10 +10,10 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import local.system
+import local.training_forward
 from local.checkpoint import load_model
-from local.config import UserError, make_model, parse_conf
-from local.fast.training import MEMORY, TrainingForward
+from local.config import MEMORY, UserError, make_model, parse_conf
+from local.fast.training import TrainingForward
 from local.musdb18_dataset import EpochSampler
 from local.progress import ProgressBar
 from local.system import BestCheckpoints, MusicSystem
@@ -82,32 +82,19 @@ def made(monkeypatch) -> list[tuple[str, bool]]:
         made.append((memory, compiled))
         return TrainingForward(model, memory)
 
-    monkeypatch.setattr(local.system, "TrainingForward", make)
+    monkeypatch.setattr(local.training_forward, "TrainingForward", make)
     return made
-
-
-class PlainSystem(MusicSystem):
-    """Trains through the model itself."""
-
-    def on_fit_start(self):
-        self._separate_segments = self.model
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_training_is_that_of_the_plain_model(tmp_path, made, memory):
-    conf = parse_conf([*FLAGS, "--memory", memory])
-    weights, passes = {}, {}
-    for kind in (PlainSystem, MusicSystem):
-        system, calls = make_system(conf, kind), []
-        system.model.register_forward_pre_hook(
-            lambda model, args, calls=calls: calls.append(model.training)
-        )
-        fit(system, tmp_path / kind.__name__)
-        weights[kind] = torch.nn.utils.parameters_to_vector(system.parameters())
-        passes[kind] = calls.count(True)
-    assert passes == {PlainSystem: 4, MusicSystem: 0}
-    assert made == [(memory, False)]
-    torch.testing.assert_close(weights[MusicSystem], weights[PlainSystem], rtol=0, atol=1e-5)
+    weights = {}
+    for fast in ("no", "auto"):
+        system = make_system(parse_conf([*FLAGS, "--memory", memory, "--fast", fast]))
+        fit(system, tmp_path / fast)
+        weights[fast] = torch.nn.utils.parameters_to_vector(system.parameters())
+        assert made == ([(memory, False)] if fast == "auto" else [])
+    torch.testing.assert_close(weights["auto"], weights["no"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +105,7 @@ def test_training_is_that_of_the_plain_model(tmp_path, made, memory):
 def test_compile_yes_goes_on_without_a_compiler_that_fails(
     tmp_path, made, monkeypatch, capsys, fault, compiled, said
 ):
-    monkeypatch.setattr(local.system, "find_compiler_fault", lambda device: fault)
+    monkeypatch.setattr(local.training_forward, "find_compiler_fault", lambda device: fault)
     conf = parse_conf([*FLAGS, "--compile", "yes"])
     assert fit(make_system(conf), tmp_path, epochs=2).global_step == 8
     assert made == [("some", compiled)]
@@ -127,7 +114,9 @@ def test_compile_yes_goes_on_without_a_compiler_that_fails(
 
 @pytest.mark.parametrize("setting", ["auto", "no"])
 def test_nothing_is_compiled_on_a_cpu_unasked(tmp_path, made, monkeypatch, setting):
-    monkeypatch.setattr(local.system, "find_compiler_fault", lambda device: pytest.fail("tried"))
+    monkeypatch.setattr(
+        local.training_forward, "find_compiler_fault", lambda device: pytest.fail("tried")
+    )
     fit(make_system(parse_conf([*FLAGS, "--compile", setting])), tmp_path)
     assert made == [("some", False)]
 

@@ -8,8 +8,10 @@ from conftest import model_confs, random_model, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local.fast.training import MEMORY, TrainingForward, find_compiler_fault
+from local.config import MEMORY
+from local.fast.training import TrainingForward
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
+from local.training_forward import find_compiler_fault
 
 MIDDLING = dict(N=24, L=8, B=16, H=32, P=3, X=3, R=2, C=2, audio_channels=2)
 DIRECTIONS = [pytest.param(False, id="non-causal"), pytest.param(True, id="causal")]
@@ -253,7 +255,7 @@ def test_a_missing_compiler_is_told_in_a_line(tmp_path):
     code = (
         "import os, torch\n"
         f"os.environ.update(CXX='/no/such/compiler', TORCHINDUCTOR_CACHE_DIR='{tmp_path}')\n"
-        "from local.fast.training import find_compiler_fault\n"
+        "from local.training_forward import find_compiler_fault\n"
         "print(find_compiler_fault(torch.device('cpu')))"
     )
     result = run_python("-c", code)

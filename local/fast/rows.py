@@ -7,20 +7,15 @@ kept here, so the same layers stream a causal model and walk through a whole son
 Letters in shapes are those of local.tasnet; K is the number of frames in the tile.
 """
 
+from __future__ import annotations  # an edited local/tasnet.py need not have these classes
+
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from local.tasnet import (
-    EPS,
-    ChannelwiseLayerNorm,
-    ConvTasNetStereo,
-    GlobalLayerNorm,
-    TemporalBlock,
-    overlap_and_add,
-)
+from local import tasnet
 
 
 def tile_size(device: torch.device) -> int:
@@ -28,18 +23,18 @@ def tile_size(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 32768
 
 
-def encode(model: ConvTasNetStereo, mixture: Tensor) -> Tensor:
+def encode(model: tasnet.ConvTasNetStereo, mixture: Tensor) -> Tensor:
     """(..., audio_channels, T) with T >= L -> weights (..., K, N)."""
     windows = mixture.unfold(-1, model.encoder.length, model.encoder.hop).movedim(-3, -2)
     return F.linear(windows.flatten(-2), model.encoder.conv1d_U.weight.flatten(1)).relu_()
 
 
-def embed(model: ConvTasNetStereo, weights: Tensor) -> Tensor:
+def embed(model: tasnet.ConvTasNetStereo, weights: Tensor) -> Tensor:
     """(..., K, N) -> residual (..., K, B), as the first block takes it."""
     return Projection(*model.separator.network[:2])(weights)
 
 
-def decode(model: ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor:
+def decode(model: tasnet.ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor:
     """(..., K, N), (..., K, B) -> estimates (..., C, audio_channels, (K - 1) * hop + L)."""
     scores = F.linear(residual, model.separator.network[-1].weight[:, :, 0])
     scores = scores.unflatten(-1, (model.C, -1))
@@ -47,7 +42,7 @@ def decode(model: ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor
     masks = scores.softmax(-2) if softmax else scores.relu_()
     signals = F.linear(weights.unsqueeze(-2) * masks, model.decoder.basis_signals.weight)
     signals = wide(signals).unflatten(-1, (model.audio_channels, model.decoder.length))
-    return overlap_and_add(signals.movedim(-4, -2), model.decoder.hop)
+    return tasnet.overlap_and_add(signals.movedim(-4, -2), model.decoder.hop)
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
@@ -68,7 +63,7 @@ class RowModel:
         ValueError: the model is in training mode.
     """
 
-    def __init__(self, model: ConvTasNetStereo):
+    def __init__(self, model: tasnet.ConvTasNetStereo):
         if model.training:
             raise ValueError("expected a model in eval mode; call model.eval() first")
         self._model = model
@@ -95,10 +90,10 @@ class RowBlock:
     With gLN the last tile has to leave a step before the first may enter the next.
     """
 
-    def __init__(self, block: TemporalBlock):
+    def __init__(self, block: tasnet.TemporalBlock):
         expand, activation_in, norm_in, separable = block.net
         depthwise, *_, activation_out, norm_out, project = separable.net
-        is_global = isinstance(norm_in, GlobalLayerNorm)
+        is_global = isinstance(norm_in, tasnet.GlobalLayerNorm)
         self._expand = expand.weight[:, :, 0]
         self._slope_in, self._slope_out = activation_in.weight.item(), activation_out.weight.item()
         self._norm = GlobalNorm(norm_in) if is_global else LocalNorm(norm_in)
@@ -140,7 +135,7 @@ class RowDepthwise:
     def reset(self) -> None:
         self.context = self._taps.new_zeros(self._before, self._taps.shape[1])
 
-    def push(self, rows: Tensor, norm: "LocalNorm | GlobalNorm") -> Tensor:
+    def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
         """(..., K, H), still to be normalised -> (..., K', H)."""
         *batch, frames, channels = rows.shape
         size = self.context.shape[-2]
@@ -164,9 +159,9 @@ class RowDepthwise:
 
 def local_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """cLN, BN or id as a function of rows, each row by itself."""
-    if isinstance(norm, ChannelwiseLayerNorm):
+    if isinstance(norm, tasnet.ChannelwiseLayerNorm):
         gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-        return lambda rows: F.layer_norm(rows, gamma.shape, gamma, beta, EPS)
+        return lambda rows: F.layer_norm(rows, gamma.shape, gamma, beta, tasnet.EPS)
     if isinstance(norm, nn.BatchNorm1d):
         gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         offset = norm.bias - norm.running_mean * gain
@@ -190,7 +185,7 @@ class LocalNorm:
 class GlobalNorm:
     """gLN: all rows have to be observed before one can be normalised."""
 
-    def __init__(self, norm: GlobalLayerNorm):
+    def __init__(self, norm: tasnet.GlobalLayerNorm):
         self.gamma, self.beta = norm.gamma.flatten(), norm.beta.flatten()
         # In float64: mean(x^2) - mean(x)^2 would cancel in float32.
         self._total = self.gamma.new_zeros((), dtype=torch.float64)
@@ -210,7 +205,7 @@ class GlobalNorm:
         if self._moments is None:
             mean = self._total / self._count
             variance = (self._total_squares / self._count - mean.square()).clamp(min=0)
-            self._moments = torch.stack([mean, torch.rsqrt(variance + EPS)]).tolist()
+            self._moments = torch.stack([mean, torch.rsqrt(variance + tasnet.EPS)]).tolist()
         return self._moments
 
     def write(self, rows: Tensor, out: Tensor) -> None:
@@ -239,7 +234,7 @@ class GlobalProjection:
     row: the product is taken at once, the number and the constant come with `add_to`.
     """
 
-    def __init__(self, norm: GlobalLayerNorm, conv: nn.Conv1d):
+    def __init__(self, norm: tasnet.GlobalLayerNorm, conv: nn.Conv1d):
         self._norm, weight = GlobalNorm(norm), conv.weight[:, :, 0]
         self._weight = weight * self._norm.gamma
         self._of_beta, self._of_gamma = weight @ self._norm.beta, self._weight.sum(-1)

@@ -7,6 +7,8 @@ beside what entered it: its backward pass rebuilds the rest, which costs less th
 Letters in shapes are those of local.tasnet.
 """
 
+from __future__ import annotations  # an edited local/tasnet.py need not have these classes
+
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -17,13 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from local import tasnet
+from local.config import MEMORY
 from local.fast.rows import decode, embed, encode, product_dtype, wide
-from local.tasnet import EPS, ChannelwiseLayerNorm, ConvTasNetStereo, TemporalBlock
+from local.recompute import FrozenStatistics
 
-MEMORY = ("none", "some", "most")
-
+BN_EPS = nn.BatchNorm1d(1).eps
 POOLED = {"gLN": (1, 2), "cLN": (2,), "BN": (0, 1)}  # the dimensions that a norm takes as one
-NORM_EPS = {"gLN": EPS, "cLN": EPS, "BN": nn.BatchNorm1d(1).eps}
 
 Scratch = Sequence[Tensor | None]  # six of (M, K, H)
 
@@ -40,13 +42,15 @@ class TrainingForward:
             products, so that three tensors are kept of a block; "some": everything but what
             entered a block; "most": everything but what entered a repeat.
         compiled: let torch.compile fuse what lies between the products, which takes a minute or
-            so at the first step; see `find_compiler_fault`.
+            so at the first step.
 
     Raises:
         ValueError: there is no such `memory`.
     """
 
-    def __init__(self, model: ConvTasNetStereo, memory: str = "some", compiled: bool = False):
+    def __init__(
+        self, model: tasnet.ConvTasNetStereo, memory: str = "some", compiled: bool = False
+    ):
         if memory not in MEMORY:
             raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
         fuse = torch.compile if compiled else lambda function: function
@@ -88,7 +92,7 @@ class TrainingForward:
             scratch,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _FrozenStatistics(repeat)),
+            context_fn=lambda: (nullcontext(), FrozenStatistics(repeat)),
         )
 
     def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
@@ -112,16 +116,7 @@ def multiply_as_convolutions_do() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
 
 
-def find_compiler_fault(device: torch.device) -> str:
-    """Why torch.compile does not work here, in a line; empty where it does."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, no Python headers
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
-    return ""
-
-
-def _start(model: ConvTasNetStereo, mixture: Tensor) -> tuple[Tensor, Tensor]:
+def _start(model: tasnet.ConvTasNetStereo, mixture: Tensor) -> tuple[Tensor, Tensor]:
     weights = encode(model, mixture)
     return weights, wide(embed(model, weights))
 
@@ -136,21 +131,6 @@ def _count_batch(norm: nn.BatchNorm1d, mean: Tensor, scale: Tensor, frames: int)
         norm.num_batches_tracked += 1
 
 
-class _FrozenStatistics:
-    """While a forward pass is repeated, BN must not count its batch again."""
-
-    def __init__(self, repeat: nn.Sequential):
-        self._norms = [norm for norm in repeat.modules() if isinstance(norm, nn.BatchNorm1d)]
-
-    def __enter__(self) -> None:
-        for norm in self._norms:
-            norm.track_running_stats = False
-
-    def __exit__(self, *_) -> None:
-        for norm in self._norms:
-            norm.track_running_stats = True
-
-
 # A block
 
 
@@ -162,11 +142,11 @@ class BlockShape(NamedTuple):
     before: int  # frames of zeros before the first
 
     @classmethod
-    def of(cls, block: TemporalBlock, norm_type: str) -> "BlockShape":
+    def of(cls, block: tasnet.TemporalBlock, norm_type: str) -> BlockShape:
         depthwise = block.net[3].net[0]
         return cls(norm_type, depthwise.dilation[0], depthwise.padding[0])
 
-    def offsets(self, weights: "BlockWeights") -> list[int]:
+    def offsets(self, weights: BlockWeights) -> list[int]:
         """Where each tap looks, in frames from the one that it adds to."""
         return [p * self.dilation - self.before for p in range(len(weights.taps))]
 
@@ -185,7 +165,7 @@ class BlockWeights(NamedTuple):
     project: Tensor  # (B, H)
 
     @classmethod
-    def of(cls, block: TemporalBlock) -> "BlockWeights":
+    def of(cls, block: tasnet.TemporalBlock) -> BlockWeights:
         expand, activation_in, norm_in, separable = block.net
         depthwise, *_, activation_out, norm_out, project = separable.net
         dtype = product_dtype(expand.weight)
@@ -201,7 +181,7 @@ class BlockWeights(NamedTuple):
 
 
 def _gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    if isinstance(norm, ChannelwiseLayerNorm):
+    if isinstance(norm, tasnet.ChannelwiseLayerNorm):
         return norm.gamma.flatten(), norm.beta.flatten()
     if isinstance(norm, nn.BatchNorm1d):
         return norm.weight, norm.bias
@@ -381,9 +361,13 @@ def normalise_(
     hidden.sub_(mean)
     if scale is None:
         variance = torch.mul(hidden, hidden, out=spare).mean(POOLED[norm_type], keepdim=True)
-        scale = torch.rsqrt(variance + NORM_EPS[norm_type])
+        scale = torch.rsqrt(variance + _eps(norm_type))
     torch.addcmul(beta, hidden.mul_(scale), gamma, out=hidden)
     return mean, scale
+
+
+def _eps(norm_type: str) -> float:
+    return BN_EPS if norm_type == "BN" else tasnet.EPS
 
 
 def normalise_backward_(

@@ -1,0 +1,85 @@
+"""The models that can be trained. Another one is entered here, by name.
+
+A model is a module that maps (M, audio_channels, T) to (M, C, audio_channels, T) for any T. Its
+constructor takes `C`, `audio_channels` and `samplerate` as keywords; any others stand in a section
+of its name in conf.yml:
+
+    MODELS = {..., "MyNet": MyNet}      # here
+    model: MyNet                        # conf.yml, under training
+    MyNet: {width: 64}                  # conf.yml, at the end
+
+`block_class`, where a model has it, names the class of what `--memory some` computes again;
+`encoder.length` the samples that it needs at least.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from local.random_states import keep_random_states
+from local.tasnet import ConvTasNetStereo
+
+MODELS: dict[str, type[nn.Module]] = {"ConvTasNetStereo": ConvTasNetStereo}
+PUBLISHED = "ConvTasNetStereo"  # its keywords stand in the section convtasnet, and are flags
+SHARED = ("C", "audio_channels", "samplerate")  # keywords of every model
+
+
+def build_model(name: str, keywords: Mapping) -> nn.Module:
+    """A model with new weights, that knows what is asked of any: SHARED.
+
+    Raises:
+        ValueError, TypeError: there is no such model, or it cannot be made with these keywords.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name}; local/models.py has {', '.join(MODELS)}")
+    model = MODELS[name](**keywords)
+    for key in SHARED:
+        if not hasattr(model, key):
+            setattr(model, key, keywords[key])
+    return model
+
+
+def sketch_model(name: str, keywords: Mapping) -> nn.Module:
+    """The same without its weights, where a model can be made without, and without warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # making the model in earnest warns
+        try:
+            with torch.device("meta"):
+                return build_model(name, keywords)
+        except (ValueError, TypeError):
+            raise
+        except Exception:  # some constructors compute with what they make
+            with keep_random_states(torch.device("cpu")):
+                return build_model(name, keywords)
+
+
+def find_shape_fault(model: nn.Module, samples: int) -> str:
+    """What is wrong with the shape of a sketched model's estimates; nothing where they are right,
+    or where it cannot be told without computing them.
+    """
+    mixture = torch.empty(1, model.audio_channels, samples, device="meta")
+    expected = (1, model.C, model.audio_channels, samples)
+    try:
+        with torch.no_grad():
+            shape = tuple(model(mixture).shape)
+    except Exception:  # the first step will tell
+        return ""
+    if shape == expected:
+        return ""
+    return f"estimates must be {expected} for a mixture of {tuple(mixture.shape)}, got {shape}"
+
+
+def find_keyword_faults(name: str, keywords: Mapping) -> list[str]:
+    """What a model of MODELS does not take of its section in conf.yml, a line each."""
+    known = inspect.signature(MODELS[name]).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return []
+    own = [key for key in known if key not in SHARED]
+    return [
+        f"{name}.{key}: unknown key; {name} takes {', '.join(own) or 'none'}"
+        for key in keywords
+        if key not in own
+    ]
