@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from local.config import MEMORY
@@ -97,28 +96,34 @@ def find_outermost(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) ->
 def _compute_again_later(part: nn.Module, forward: Callable, *args, **kwargs):
     if torch.compiler.is_compiling():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    contexts = partial(_contexts_of_both_passes, part)
+    contexts = partial(keep_buffers, part)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _contexts_of_both_passes(part: nn.Module) -> tuple:
-    return nullcontext(), FrozenStatistics(part)
+def keep_buffers(part: nn.Module) -> tuple:
+    """For torch's checkpoint: the contexts of a forward pass and of its repetitions, which find the
+    buffers as the pass found them and change copies: BN counts a batch once.
+    """
+    modules = [module for module in part.modules() if module._buffers]
+    found = [_copy_buffers(module._buffers) for module in modules]
+    return nullcontext(), _OtherBuffers(modules, found)
 
 
-class FrozenStatistics:
-    """While a forward pass is repeated, BN must not count its batch again."""
+class _OtherBuffers:
+    """Lends modules copies of other buffers; a graph may be walked twice, and enter this twice."""
 
-    def __init__(self, part: nn.Module):
-        self._norms = [
-            norm
-            for norm in part.modules()
-            if isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.training
-        ]
+    def __init__(self, modules: list[nn.Module], buffers: list[dict]):
+        self._modules, self._buffers = modules, buffers
 
     def __enter__(self) -> None:
-        for norm in self._norms:
-            norm.track_running_stats = False
+        self._own = [module._buffers for module in self._modules]
+        for module, buffers in zip(self._modules, self._buffers, strict=True):
+            module._buffers = _copy_buffers(buffers)
 
     def __exit__(self, *_) -> None:
-        for norm in self._norms:
-            norm.track_running_stats = True
+        for module, buffers in zip(self._modules, self._own, strict=True):
+            module._buffers = buffers
+
+
+def _copy_buffers(buffers: dict) -> dict:
+    return {name: None if tensor is None else tensor.clone() for name, tensor in buffers.items()}

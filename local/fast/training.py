@@ -10,7 +10,6 @@ Letters in shapes are those of local.tasnet.
 from __future__ import annotations  # an edited local/tasnet.py need not have these classes
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from local import tasnet
 from local.config import MEMORY
 from local.fast.rows import decode, embed, encode, product_dtype, wide
-from local.recompute import FrozenStatistics
+from local.recompute import keep_buffers
 
 BN_EPS = nn.BatchNorm1d(1).eps
 POOLED = {"gLN": (1, 2), "cLN": (2,), "BN": (0, 1)}  # the dimensions that a norm takes as one
@@ -92,7 +91,7 @@ class TrainingForward:
             scratch,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), FrozenStatistics(repeat)),
+            context_fn=lambda: keep_buffers(repeat),
         )
 
     def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
