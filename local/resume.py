@@ -284,13 +284,14 @@ def check_point(
     code_changes = find_code_changes(point["so_far"].get("code", {}))
     if is_finished(point, conf) and not changes:
         return code_changes
+    odd = "settings" if changes else "code"
     changes += code_changes
     is_same_model = describe_network(point["training_config"]) == describe_network(conf)
     if changes and not (accept_changes and is_same_model):
         advice = "name another --exp_dir"
         if is_same_model:
             advice += ", or go on with --resume_with_changes"
-        heading = f"{exp_dir}: the run is not what it was; {advice}:"
+        heading = f"{exp_dir}: the run had other {odd}; {advice}:"
         raise UserError("\n  ".join([heading, *changes]))
     if is_finished(point, conf):
         return changes

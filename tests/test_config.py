@@ -6,36 +6,10 @@ from local.config import (
     CONF_FILE,
     UserError,
     find_faults,
-    make_model,
     parse_conf,
     raise_together,
     read_conf,
 )
-
-PUBLISHED_DEFAULTS = {
-    "convtasnet": {
-        **{"N": 256, "L": 20, "B": 256, "H": 512, "P": 3, "X": 10, "R": 4, "C": 2},
-        **{"audio_channels": 2, "norm_type": "gLN", "causal": False, "mask_nonlinear": "relu"},
-    },
-    "training": {
-        **{"epochs": 200, "batch_size": 4, "num_workers": 4, "half_lr": True, "early_stop": True},
-        "aggregate": 2,
-    },
-    "optim": {"lr": 0.0005},
-    "data": {
-        **{"mix_background": True, "segment": 5.0, "samples_per_track": 64},
-        "sample_rate": 44100,
-    },
-    "main_args": {"exp_dir": "exp/tmp"},
-}
-NON_CAUSAL = (
-    "--exp_dir EXP --batch_size 4 --aggregate 2 --lr 0.0005 --root MUSDB18"
-    " --sample_rate 44100 --segment 5.0 --samples_per_track 64"
-).split()
-CAUSAL = (
-    "--exp_dir EXP --batch_size 4 --aggregate 1 --lr 0.0005 --root MUSDB18 --sample_rate 44100"
-    " --segment 4.0 --samples_per_track 64 --causal True --n_src 2 --norm_type cLN"
-).split()
 
 
 def write_conf(path, **changes):
@@ -48,37 +22,9 @@ def write_conf(path, **changes):
     return path
 
 
-def test_published_keys_have_their_published_defaults():
-    conf = parse_conf(["--root", "X"])
-    for section, keys in PUBLISHED_DEFAULTS.items():
-        for key, value in keys.items():
-            assert conf[section][key] == value
-            assert type(conf[section][key]) is type(value)
-
-
 def test_keys_are_unique_over_all_sections():
     keys = [key for section in read_conf(CONF_FILE).values() for key in section]
     assert len(keys) == len(set(keys))
-
-
-def test_the_published_non_causal_command():
-    conf = parse_conf(NON_CAUSAL)
-    assert conf["training"]["aggregate"] == 2
-    assert conf["data"]["segment"] == 5.0
-    model = make_model(conf)
-    assert sum(p.numel() for p in model.parameters()) == 10_846_800
-    assert (model.causal, model.norm_type) == (False, "gLN")
-    assert (model.C, model.audio_channels, model.samplerate) == (2, 2, 44100)
-    assert [len(model.separator.network[2]), len(model.separator.network[2][0])] == [4, 10]
-
-
-def test_the_published_causal_command():
-    conf = parse_conf(CAUSAL)
-    assert conf["training"]["aggregate"] == 1
-    assert conf["data"]["segment"] == 4.0
-    model = make_model(conf)
-    assert sum(p.numel() for p in model.parameters()) == 10_846_800
-    assert (model.causal, model.norm_type, model.C) == (True, "cLN", 2)
 
 
 def test_every_key_is_a_flag():

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
 from local.checkpoint import load_model
-from local.config import make_model, parse_conf
+from local.config import count_parameters, make_model, parse_conf
 from local.musdb18_dataset import EpochSampler, find_tracks
 
 DEFAULTS = {
@@ -120,12 +120,14 @@ def test_the_published_non_causal_command_is_read_as_published():
     conf = parse_conf(NON_CAUSAL)
     assert_published(conf, exp_dir="EXP")
     assert conf["data"]["root"] == "MUSDB18"
+    assert count_parameters(conf) == 10_846_800
 
 
 def test_the_published_causal_command_is_read_as_published():
     conf = parse_conf(CAUSAL)
     assert_published(conf, exp_dir="EXP", aggregate=1, segment=4.0, causal=True, norm_type="cLN")
     assert conf["data"]["root"] == "MUSDB18"
+    assert count_parameters(conf) == 10_846_800
 
 
 # What a run is made of

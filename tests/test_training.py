@@ -267,3 +267,14 @@ def test_a_missing_compiler_is_told_in_a_line(tmp_path):
 def test_memory_must_be_one_of_three():
     with pytest.raises(ValueError, match="none, some, most"):
         TrainingForward(make_model("gLN"), "all")
+
+
+def test_frozen_statistics_of_bn_are_those_that_were_kept():
+    model = make_model("BN")
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm1d):
+            part.eval()
+    batch = make_batch(model)
+    expected, found = run(model, batch), run(model, batch, "some")
+    for name in ("estimates", "gradients"):
+        assert torch.equal(found[name], expected[name])

@@ -54,6 +54,7 @@ class TrainingForward:
             raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
         fuse = torch.compile if compiled else lambda function: function
         self._model, self._memory, self._compiled = model, memory, compiled
+        self._batch_norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
         self._start, self._end = fuse(_start), fuse(decode)
         self._passes = BlockPasses(*map(fuse, BlockPasses()))
 
@@ -64,6 +65,8 @@ class TrainingForward:
             - mixture: (M, audio_channels, T) with T >= L
             - estimates: (M, C, audio_channels, T)
         """
+        if not all(norm.training for norm in self._batch_norms):
+            return self._model(mixture)  # with kept statistics it is simpler, and no case of these
         weights, residual = self._start(self._model, mixture)
         scratch = self._make_scratch(residual)
         for repeat in self._model.separator.network[2]:
