@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from local.fast import FAST
 from local.models import (
     MODELS,
     PUBLISHED,
@@ -25,12 +26,11 @@ from local.models import (
     sketch_model,
 )
 from local.musdb18_dataset import DatasetError
+from local.recompute import MEMORY
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 EVERY = r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)"  # how often to take a checkpoint
 VALID_METHODS = ("full", "overlap-add")
-FAST = ("auto", "yes", "no")  # whether to go by the fast formulas
-MEMORY = ("none", "some", "most")  # how much the backward pass computes again
 OPTIONS = ("exp_dir", "check", "resume", "resume_with_changes")
 RESUME_HELP = "auto: go on with the run in exp_dir; never; or a checkpoint to go on from [auto]"
 CHANGES_HELP = "go on although settings have changed, and record them"
@@ -157,7 +157,7 @@ def is_failed_access(error: OSError, *places: Path) -> bool:
 
     Anything else comes from code that opens files of its own, whose traceback says where.
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         return True
     if not isinstance(error.filename, (str, bytes)):
         return False

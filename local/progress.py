@@ -36,12 +36,13 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer) -> str:
     parameters = sum(parameter.numel() for parameter in system.model.parameters())
     stopper = trainer.early_stopping_callback
     early = f", or {describe_object(stopper)}" if stopper else ""
+    how = "whole" if training["valid_method"] == "full" else f"by {training['valid_method']}"
     rows = {
         "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
         f" {data['sample_rate']} Hz",
         "runs as": describe_fast(system.model, training["fast"], training=True),
         "training": f"{_tracks(train_set)}, in random segments of {data['segment']} s",
-        "validation": f"{_tracks(valid_set)}, {training['valid_method']}",
+        "validation": f"{_tracks(valid_set)}, {how}",
         "data": data["root"],
         "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
         f" {training['batch_size']} per device,"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from local.config import MEMORY
-
+MEMORY = ("none", "some", "most")  # how much the backward pass computes again
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
 

@@ -160,9 +160,9 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     now = wanted["made_with"].get("model_code")
     if made_with.get("model_code", now) != now:  # earlier versions kept none
         return "made with other code of the model"
-    for key in {**wanted["made_with"], **made_with}.keys() - {"model_code"}:
+    for key in {**wanted["made_with"], **made_with}:
         before, now = made_with.get(key), wanted["made_with"].get(key)
-        if before != now:
+        if before != now and key != "model_code":
             return f"made with {key} {before}, not {now}"
     if found.record["files"] != wanted["files"]:
         return "its files have changed"

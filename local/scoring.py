@@ -4,6 +4,7 @@ Every scored track has two files: OUT/test/TRACK.json, as museval writes it, and
 with what made these scores, so that a run that was stopped need not start over.
 """
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -166,9 +167,14 @@ class ScoringPool:
 
         Raises:
             UserError: a process was killed.
+            OSError: the estimates cannot be written.
         """
         file = self.folder / f"{len(self.futures)}.npy"
-        np.save(file, np.stack([estimates[target] for target in TARGETS]))
+        try:
+            np.save(file, np.stack([estimates[target] for target in TARGETS]))
+        except OSError as error:  # numpy gives no errno
+            reason = f"{error} (is the disk full?)"
+            raise OSError(errno.EIO, reason, str(self.folder)) from None
         with self._clear_errors(), _interrupts_later():
             future = self.processes.submit(score_file, self.out, track, file, self.scorer, record)
         future.add_done_callback(partial(self._report, track))

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from local.checkpoint import atomic_path, load_model
 from local.config import (
     CLOSED_PIPE,
-    FAST,
     INTERRUPTED,
     OneLineParser,
     UserError,
@@ -37,6 +36,7 @@ from local.config import (
     plural,
     raise_together,
 )
+from local.fast import FAST
 from local.fast.equal import describe_fast
 from local.inference import METHODS, OVERLAP, SEGMENT, check_method, separate
 from local.musdb18_dataset import TARGETS

@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import textbook
 
-from local.config import MEMORY
 from local.fast.rows import tile_size
 from local.fast.training import TrainingForward, multiply_as_convolutions_do
 from local.inference import METHODS, separate
+from local.recompute import MEMORY
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
 from local.training_forward import find_compiler_fault

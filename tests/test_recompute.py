@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch import nn
 
-from local.config import MEMORY
-from local.recompute import RecomputingForward, find_recomputed
+from local.recompute import MEMORY, RecomputingForward, find_recomputed
 from local.tasnet import NORM_TYPES, TemporalBlock
 
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2)

@@ -168,7 +168,9 @@ def test_training_imports_neither_musdb_nor_museval():
     assert result.stdout.strip() == "set()", result.stderr
 
 
-@pytest.mark.parametrize("module", ["tasnet", "rows", "inference", "streaming"])
+@pytest.mark.parametrize(
+    "module", ["tasnet", "fast.rows", "fast.training", "inference", "streaming"]
+)
 def test_the_model_imports_torch_and_the_hub_alone(module):
     code = (
         "import sys\n"

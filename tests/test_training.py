@@ -8,8 +8,8 @@ from conftest import model_confs, random_model, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local.config import MEMORY
 from local.fast.training import TrainingForward
+from local.recompute import MEMORY
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
 from local.training_forward import find_compiler_fault
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from local import tasnet
-from local.config import FAST, brief
+from local.fast import FAST
 from local.fast.rows import RowModel
 from local.fast.training import TrainingForward
 from local.random_states import get_random_states, keep_random_states
@@ -96,7 +96,7 @@ def find_structural_difference(model: nn.Module) -> str:
     try:
         expected = dict(_expect_modules(model))
     except Exception as error:  # of whatever kind an edited file raises
-        return f"the model has other parts: {brief(error)}"
+        return f"the model has other parts: {error}"
     for name in {**expected, **found}:
         if name not in found or type(found[name]) is not expected.get(name):
             there = type(found[name]).__name__ if name in found else "nothing"
@@ -180,10 +180,10 @@ def find_numerical_difference(model: nn.Module, training: bool) -> str:
             model = copy.deepcopy(model).to(CPU, torch.float64)
             _redraw(model, generator)
             mixtures = _make_mixtures(model, generator)
-            difference = _compare_training(model, mixtures[:1], generator) if training else ""
+            difference = _compare_training(model, mixtures[0], generator) if training else ""
             return difference or _compare_inference(model.eval(), mixtures)
         except Exception as error:  # of whatever kind an edited model raises
-            return f"comparing them raises {type(error).__name__}: {brief(error)}"
+            return f"comparing them raises {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @torch.no_grad()
@@ -194,29 +194,34 @@ def _redraw(model: nn.Module, generator: torch.Generator) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            factor = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
-            added = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            factor = torch.rand(tensor.shape, generator=generator) + 0.5
+            added = torch.randn(tensor.shape, generator=generator)
             is_parameter = isinstance(tensor, nn.Parameter)
             tensor.mul_(factor).add_(added if is_parameter else added.abs(), alpha=0.05)
     model.requires_grad_(True)
 
 
-def _make_mixtures(model: nn.Module, generator: torch.Generator) -> Tensor:
-    """Two mixtures, from silence to more than full scale, in which the longest filter fits."""
+def _make_mixtures(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
+    """One mixture in which the longest filter fits, two short ones, two of less than a frame; all
+    from silence to more than full scale, and with a rest that fills no frame.
+    """
     convs = [module for module in model.modules() if isinstance(module, nn.Conv1d)]
     longest = max((conv.kernel_size[0] - 1) * conv.dilation[0] for conv in convs)
     hop, length = model.encoder.hop, model.encoder.length
-    samples = (longest + FRAMES - 1) * hop + length + hop - 1  # with a rest that fills no frame
-    shape = 2, model.audio_channels, samples
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return noise * torch.linspace(0, LOUDEST, samples, dtype=torch.float64)
+    sizes = [(1, longest + FRAMES), (2, FRAMES), (2, 0)]
+    shapes = [
+        (batch, model.audio_channels, (frames - 1) * hop + length + hop - 1)
+        for batch, frames in sizes
+    ]
+    noises = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [noise * torch.linspace(0, LOUDEST, noise.shape[-1]).double() for noise in noises]
 
 
 def _compare_training(model: nn.Module, mixture: Tensor, generator: torch.Generator) -> str:
-    plain, fast = model.train(), copy.deepcopy(model).train()
+    model, fast = model.train(), copy.deepcopy(model).train()
     before = _read_random_states()
     with torch.enable_grad():
-        expected = plain(mixture)
+        expected = model(mixture)
         if _read_random_states() != before:
             return "its forward pass in training draws random numbers"
         found = TrainingForward(fast, "none")(mixture)
@@ -225,7 +230,7 @@ def _compare_training(model: nn.Module, mixture: Tensor, generator: torch.Genera
     flow = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
     expected.backward(flow)
     found.backward(flow)
-    return _compare_gradients(fast, plain) or _compare_buffers(fast, plain)
+    return _compare_gradients(fast, model) or _compare_buffers(fast, model)
 
 
 def _read_random_states() -> dict:
@@ -258,18 +263,20 @@ def _compare_buffers(fast: nn.Module, plain: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _compare_inference(model: nn.Module, mixtures: Tensor) -> str:
-    """Two mixtures at a time and one by one, and one that is shorter than a frame."""
-    found = torch.stack([_separate_by_rows(model, mixture) for mixture in mixtures])
-    if fault := _describe_error("outputs in evaluation", found, model(mixtures)):
-        return fault
-    short = mixtures[..., 1 - model.encoder.length :]
-    silence = short.new_zeros(len(short), model.C, *short.shape[1:])
-    return _describe_error("outputs for less than a frame", silence, model(short))
+def _compare_inference(model: nn.Module, mixtures: list[Tensor]) -> str:
+    """What the model makes of songs together, and the formulas of each by itself."""
+    for together in mixtures:
+        found = torch.stack([_separate_by_rows(model, mixture) for mixture in together])
+        name = f"outputs of {together.shape[-1]} samples"
+        if fault := _describe_error(name, found, model(together)):
+            return fault
+    return ""
 
 
 def _separate_by_rows(model: nn.Module, mixture: Tensor) -> Tensor:
     rows = RowModel(model)
+    if rows.count_frames(mixture.shape[-1]) == 0:
+        return mixture.new_zeros(model.C, *mixture.shape)
     weights = rows.encode(mixture)
     residual = rows.bottleneck(weights)
     for block in rows.blocks:

@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from local import tasnet
-from local.config import MEMORY
 from local.fast.rows import decode, embed, encode, product_dtype, wide
-from local.recompute import keep_buffers
+from local.recompute import MEMORY, keep_buffers
 
 BN_EPS = nn.BatchNorm1d(1).eps
 POOLED = {"gLN": (1, 2), "cLN": (2,), "BN": (0, 1)}  # the dimensions that a norm takes as one
