@@ -24,11 +24,14 @@ from conftest import RATE, TINY_RUN, random_model, run_command, start_training
 from torch.utils.data import DataLoader, TensorDataset
 
 from local.checkpoint import load_model
-from local.fast.training import MEMORY, TrainingForward, find_compiler_fault
+from local.fast.equal import find_difference
+from local.fast.training import TrainingForward
 from local.inference import count_windows, separate
+from local.recompute import MEMORY, RecomputingForward
 from local.resume import list_last
-from local.streaming import StreamingConvTasNet, can_stream
+from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
+from local.training_forward import find_compiler_fault
 
 DEVICE = "cuda"
 ACCELERATOR = "gpu"  # the same to Lightning
@@ -148,6 +151,34 @@ def test_the_plain_model_is_that_of_the_cpu(norm_type, causal):
     assert_steps_agree(found, [expected for _, expected in pairs])
 
 
+def test_the_fast_formulas_are_known_to_equal_a_model_on_a_gpu():
+    model = make_model("BN", True).to(DEVICE).train()
+    before, state = torch.cuda.get_rng_state(), copy.deepcopy(model.state_dict())
+    assert find_difference(model, training=True) == ""
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_an_edited_model_trains_on_a_gpu_as_edited(memory):
+    """Through the model itself, in which dropout drops the same when a block is computed again."""
+    model = make_model("BN", False).to(DEVICE).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.PReLU):
+            module.forward = functools.partial(F.dropout, p=0.2)
+    assert find_difference(model, training=True)
+    steps = []
+    for make in (lambda model: model, lambda model: RecomputingForward(model, memory)):
+        copied = copy.deepcopy(model)
+        torch.cuda.manual_seed(0)
+        estimates = make(copied)(make_mixture(900)[None].to(DEVICE))
+        estimates.square().mean().backward()
+        grads = [p.grad for p in copied.parameters() if p.grad is not None]
+        steps.append([estimates.detach(), *grads, *copied.buffers()])
+    for expected, found in zip(*steps, strict=True):
+        assert error(found, expected) < 1e-5
+
+
 @pytest.mark.usefixtures("finish")  # the runs below are under way while this compiles
 def test_a_compiled_step_is_that_of_the_cpu():
     if fault := find_compiler_fault(torch.device(DEVICE)):
@@ -174,18 +205,6 @@ def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(norm_type, d
 # Separation
 
 LENGTH = 140_001  # more than the 32768 frames of a tile, and no whole number of frames
-
-
-class Plain(torch.nn.Module):
-    """A model that `separate` cannot know for one that it has faster ways for."""
-
-    def __init__(self, model: ConvTasNetStereo):
-        super().__init__()
-        self.model, self.C, self.audio_channels = model, model.C, model.audio_channels
-        self.samplerate, self.encoder = model.samplerate, model.encoder
-
-    def forward(self, mixtures: torch.Tensor) -> torch.Tensor:
-        return self.model(mixtures)
 
 
 def make_mixture(length: int = LENGTH) -> torch.Tensor:
@@ -222,8 +241,8 @@ def test_overlap_add_takes_several_windows_and_gives_what_the_cpu_gives(norm_typ
     mixture, on_device = make_mixture(), copy.deepcopy(model).to(DEVICE)
     on_device.register_forward_pre_hook(lambda model, args: batches.append(len(args[0])))
     estimates = separate(on_device, mixture, "overlap-add", segment=20.0)
-    exact = Plain(copy.deepcopy(model).double())
-    expected = separate(exact, mixture.double(), "overlap-add", segment=20.0)
+    exact = copy.deepcopy(model).double()
+    expected = separate(exact, mixture.double(), "overlap-add", segment=20.0, fast="no")
     assert max(batches) == most
     assert sum(batches) == 7
     assert estimates.device == mixture.device
@@ -234,7 +253,6 @@ def test_overlap_add_takes_several_windows_and_gives_what_the_cpu_gives(norm_typ
 @pytest.mark.parametrize(("norm_type", "causal"), STREAMED)
 def test_blocks_of_any_sizes_join_to_what_the_model_on_the_cpu_makes(norm_type, causal, place):
     model, expected = whole_song(norm_type, causal)
-    assert can_stream(model)
     stream = StreamingConvTasNet(copy.deepcopy(model).to(DEVICE))
     sizes = [1, 2, 3, 997, 4096, 20_000]
     blocks = make_mixture().to(place).split([*sizes, LENGTH - sum(sizes)], dim=-1)
