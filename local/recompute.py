@@ -30,8 +30,8 @@ class RecomputingForward:
     """
 
     def __init__(self, model: nn.Module, memory: str = "some"):
-        parts, self.note = find_recomputed(model, memory)
         self._model = model
+        parts, _ = find_recomputed(model, memory)
         self._forwards = {part: partial(_compute_again_later, part, part.forward) for part in parts}
 
     def __call__(self, mixture: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import atomic_path, load_weights_only, save_atomically
-from local.config import EVERY, UserError, brief, model_args, model_name
+from local.config import CONF_FILE, EVERY, UserError, brief, model_args, model_name, read_conf
 from local.interrupts import Interrupted, Interrupts
 from local.recipe import describe_code, describe_objects, find_code_changes
 
@@ -249,12 +249,17 @@ def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str
 
 def find_changes(conf: dict, surroundings: dict[str, list[str]], point: dict) -> list[str]:
     """By what a run would not be the one that a checkpoint is from, a line each."""
-    before = point["training_config"]
+    saved = point["training_config"]
+    # What a run of an earlier version had no key for, it did as the default has it.
+    before = {
+        section: {**keys, **saved.get(section, {})}
+        for section, keys in {**dict.fromkeys(conf, {}), **read_conf(CONF_FILE)}.items()
+    }
     changes = [
-        f"--{key}: {before.get(section, {}).get(key)} before, {value} now"
+        f"--{key}: {before[section].get(key)} before, {value} now"
         for section, keys in conf.items()
         for key, value in keys.items()
-        if key not in FREE and before.get(section, {}).get(key) != value
+        if key not in FREE and before[section].get(key) != value
     ]
     for name, now in surroundings.items():
         then = point["so_far"]["surroundings"][name]

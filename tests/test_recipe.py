@@ -215,3 +215,22 @@ def test_fast_yes_refuses_an_edited_model(corpus, tmp_path, monkeypatch, error_o
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--fast", "yes"))
     assert "--fast yes: the fast formulas differ from the model: encoder has hooks" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_a_run_did_not_know_counts_as_its_default(corpus, tmp_path, capsys):
+    """A finished run of an earlier version, which kept nothing of its code either."""
+    arguments = flags(tmp_path / "run", corpus)
+    train.main(arguments)
+    (path, *_) = list_last(tmp_path / "run" / "checkpoints")
+    content = load_weights_only(path)
+    for key in ("model", "fast", "valid_method"):
+        del content["training_config"]["training"][key]
+    for name in ("code", "objects"):
+        del content["so_far"][name]
+    torch.save(content, path)
+    capsys.readouterr()
+    train.main(arguments)
+    assert "is finished, after 1 epoch" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--epochs", "2", "--resume_with_changes"])
+    assert "of an earlier version of this recipe" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+import copy
+import os
+
+import pytest
+import torch
+from conftest import random_model, run_python
+
+from local import tasnet
+from local.fast.training import TrainingForward
+from local.recompute import RecomputingForward
+from local.training_forward import choose_forward, find_compiler_fault
+
+CPU = torch.device("cpu")
+SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=2, R=1, C=2, audio_channels=2)
+
+
+def choose(model, **training):
+    return choose_forward(
+        model, {"memory": "some", "compile": "no", "fast": "auto", **training}, CPU
+    )
+
+
+@pytest.fixture
+def edited(monkeypatch) -> tasnet.ConvTasNetStereo:
+    monkeypatch.setattr(
+        tasnet.TemporalBlock, "forward", lambda block, hidden: hidden + 0.5 * block.net(hidden)
+    )
+    return random_model(SMALL).train()
+
+
+def test_the_model_itself_runs_where_it_was_edited_or_asked_for(edited):
+    assert isinstance(choose(edited)[0], RecomputingForward)
+    with pytest.raises(ValueError, match="differ from the model"):
+        choose(edited, fast="yes")
+
+
+@pytest.mark.parametrize("fast, kind", [("auto", "fast"), ("yes", "fast"), ("no", "plain")])
+def test_the_flag_chooses_for_the_model_as_it_is(fast, kind):
+    forward, note = choose(random_model(SMALL).train(), fast=fast)
+    kinds = {"fast": TrainingForward, "plain": RecomputingForward}
+    assert type(forward) is kinds[kind]
+    assert note == ""
+
+
+@pytest.mark.skipif(not os.environ.get("RECIPE_SLOW_TESTS"), reason="RECIPE_SLOW_TESTS is not set")
+def test_an_edited_model_is_compiled_in_place(edited):
+    if fault := find_compiler_fault(CPU):
+        pytest.skip(f"torch.compile does not work here: {fault}")
+    plain, mixture = copy.deepcopy(edited), torch.randn(2, 2, 300)
+    forward, note = choose(edited, compile="yes")
+    assert "at the first step" in note
+    assert list(edited.state_dict()) == list(plain.state_dict())
+    for run in (plain, forward):
+        run(mixture).square().mean().backward()
+    for found, expected in zip(edited.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_one_thread_of_a_cpu_is_not_compiled_for():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fault = find_compiler_fault(CPU)
+    torch.set_num_threads(threads)
+    assert "one thread" in fault
+
+
+def test_a_missing_compiler_is_told_in_a_line(tmp_path):
+    code = (
+        "import os, torch\n"
+        f"os.environ.update(CXX='/no/such/compiler', TORCHINDUCTOR_CACHE_DIR='{tmp_path}')\n"
+        "from local.training_forward import find_compiler_fault\n"
+        "print(find_compiler_fault(torch.device('cpu')))"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert result.stdout.count("\n") == 1
