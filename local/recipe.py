@@ -31,6 +31,8 @@ def describe_code() -> dict[str, str]:
 
 def find_code_changes(before: dict[str, str]) -> list[str]:
     """In what the code is another one than `describe_code` gave before, a line each."""
+    if not before:
+        return ["code: of a version of this recipe that kept no record of it"]
     now = describe_code()
     odd = [name for name in before | now if before.get(name) != now.get(name)]
     files = [name for name in odd if name not in VERSIONS]

@@ -5,8 +5,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    allow_for_rounding,
-    assert_within_rounding,
     forward,
     load_golden,
     load_golden_model,
@@ -16,6 +14,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import allow_for_rounding, assert_within_rounding
 
 import local.fast.rows
 import local.inference

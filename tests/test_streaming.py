@@ -1,7 +1,6 @@
 import pytest
 import torch
 from conftest import (
-    assert_within_rounding,
     forward,
     load_golden_model,
     model_confs,
@@ -9,6 +8,7 @@ from conftest import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rounding import assert_within_rounding
 
 import local.streaming
 from local.streaming import StreamingConvTasNet
