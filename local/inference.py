@@ -100,6 +100,8 @@ def check_method(
 
 def _through_model(model: nn.Module, mixture: Tensor, progress: Progress) -> Tensor:
     """The whole song at once."""
+    if model.training:
+        raise ValueError("expected a model in eval mode; call model.eval() first")
     estimates = run_model(model, mixture[None].to(next(model.parameters())))[0]
     progress(mixture.shape[-1])
     return estimates.to(mixture)

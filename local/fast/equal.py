@@ -1,9 +1,9 @@
 """Whether the fast formulas equal a model; they take its weights and never call its forward.
 
 Two looks. At the structure, every time: each module must be of exactly the class that
-local/tasnet.py has in its place, and nothing may be hooked into it. At the numbers, once per
-process and architecture: in float64, on a copy with other weights, outputs and gradients must be
-the same.
+local/tasnet.py has in its place (a parametrized one is not), with nothing hooked into it. At the
+numbers, once per process and architecture: in float64, on a copy with other weights, outputs and
+gradients must be the same.
 
 float64, since in float32 the gradients of two right formulas differ by 4e-4: a limit in float32
 would be blind to an edit, or find one where there is none.
@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from local import tasnet
 from local.fast import FAST
@@ -43,13 +42,11 @@ def find_difference(model: nn.Module, training: bool = False) -> str:
     if fault := find_structural_difference(model):
         return fault
     architecture = _describe_architecture(model)
-    known = [_differences.get((architecture, kind)) for kind in {training, True}]
-    for difference in known:  # what was compared for training includes the rest
-        if difference is not None:
-            return difference
+    for compared in {training, True}:  # what was compared for training includes the rest
+        if (architecture, compared) in _differences:
+            return _differences[architecture, compared]
     difference = find_numerical_difference(model, training)
-    _differences[architecture, training] = difference
-    return difference
+    return _differences.setdefault((architecture, training), difference)
 
 
 def choose_fast(model: nn.Module, fast: str, training: bool = False) -> bool:
@@ -105,8 +102,6 @@ def find_structural_difference(model: nn.Module) -> str:
     for name, module in found.items():
         if has_hooks(module):
             return f"{name or 'the model'} has hooks"
-        if is_parametrized(module):
-            return f"{name} is parametrized"
         if "forward" in vars(module):
             return f"{name or 'the model'} has a forward of its own"
     return ""
