@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -169,6 +170,14 @@ def gather_peak_memory(trainer: pl.Trainer) -> float:
     return trainer.strategy.reduce(peak, reduce_op="max").item()
 
 
+def forget_peak_memory() -> None:
+    """Lets Linux count the peak of this process anew: comparing the fast formulas takes more than
+    some runs do.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 class Forecast(pl.Callback):
     """Says after the first steps what memory and time the run will take.
 
@@ -180,6 +189,7 @@ class Forecast(pl.Callback):
     MEASURED = 4
 
     def on_train_start(self, trainer, pl_module):
+        forget_peak_memory()
         batches = trainer.num_training_batches
         self._first = min(self.UNMEASURED * trainer.accumulate_grad_batches, batches // 2)
         self._last = min(self._first + self.MEASURED * trainer.accumulate_grad_batches, batches)

@@ -468,10 +468,11 @@ def stopwatch(device: str, work: Callable) -> tuple:
 
 
 def start_memory(device: str) -> int:
-    """Bytes in use; from here on a GPU looks out for the peak."""
+    """Bytes in use; from here on the peak counts."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # or that of comparing the formulas would count
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
