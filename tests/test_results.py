@@ -157,6 +157,15 @@ def test_scores_are_kept_only_where_nothing_has_changed(change, words, tmp_path)
     assert find_change(tmp_path, found, {**make_record(), **change}) == words
 
 
+def test_other_code_of_the_model_is_a_change(tmp_path):
+    found = save(tmp_path, **made_with(model_code="1"))
+    same, edited = ({**make_record(), **made_with(model_code=code)} for code in "12")
+    assert find_change(tmp_path, found, same) == ""
+    assert find_change(tmp_path, found, edited) == "made with other code of the model"
+    earlier = save(tmp_path)  # by a version that kept none of it
+    assert find_change(tmp_path, earlier, same) == ""
+
+
 def test_missing_frames_and_missing_audio_are_a_change(tmp_path):
     found, wanted = save(tmp_path, "T", saved="PCM_16"), make_record(saved="PCM_16")
     assert find_change(tmp_path, found, wanted) == "not saved as PCM_16"
