@@ -104,7 +104,7 @@ def keep_edits(checkpoint: dict, now: dict[str, dict]) -> None:
 
     Args:
         checkpoint: of a run that had its own `describe_objects` in `so_far`.
-        now: of the run that goes on.
+        now: of the run that is resumed.
     """
     before = checkpoint["so_far"]["objects"]
     edits = {name: _find_edits(before.get(name), there) for name, there in now.items()}
