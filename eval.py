@@ -96,17 +96,17 @@ def evaluate(args: Namespace) -> dict[str, str]:
     raise_together(find_faults(args))
     with joined_ranks() as ranks, ExitStack() as held:
         checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
-        root, suffix = find_test_set(args)
+        args.root, args.suffix = find_test_set(args)
         model = load_separator(checkpoint).to(choose_device(args, ranks))
         check_flags(model, args)
-        tracks = open_test_set(root, model.samplerate, suffix)
+        tracks = open_test_set(args.root, model.samplerate, args.suffix)
         out = args.exp_dir / args.out_dir
         kept, missing = [], {}
         if ranks.rank == 0:
             prepare_out(out, tracks)
             held.enter_context(locked(out))
             remove_leftovers(out)
-            print(describe_evaluation(args, checkpoint, root, len(tracks), model), flush=True)
+            print(describe_evaluation(args, checkpoint, len(tracks), model), flush=True)
             records = plan_records(tracks, args, describe_settings(args, checkpoint, model))
             kept, missing = find_scored(records, out)
         longest_first = sorted(
@@ -215,7 +215,7 @@ def remove_leftovers(out: Path) -> None:
 
 
 def describe_evaluation(
-    args: Namespace, checkpoint: str | Path, root: Path, tracks: int, model: nn.Module
+    args: Namespace, checkpoint: str | Path, tracks: int, model: nn.Module
 ) -> str:
     """What will be scored on what, for the first screen."""
     device = torch.cuda.get_device_name() if args.use_gpu else "the CPU"
@@ -225,7 +225,7 @@ def describe_evaluation(
     if args.method != "overlap-add":
         windows = ""
     return (
-        f"{plural(tracks, 'test track')} of {root}\n"
+        f"{plural(tracks, 'test track')} of {args.root}\n"
         f"separated by {checkpoint} on {device}, method {args.method}{windows}\n"
         f"through {describe_fast(model, args.fast)}"
     )

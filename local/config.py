@@ -23,6 +23,7 @@ from local.models import (
     build_model,
     find_keyword_faults,
     find_shape_fault,
+    least_samples,
     sketch_model,
 )
 from local.musdb18_dataset import DatasetError
@@ -246,12 +247,7 @@ def read_conf(path: Path) -> dict:
     faults = [f"{name}: unknown section" for name in conf if name not in (*SCHEMA, *of_models)]
     for name in of_models:
         conf[name] = {} if conf[name] is None else conf[name]
-        is_section = isinstance(conf[name], dict)
-        faults += (
-            find_keyword_faults(name, conf[name])
-            if is_section
-            else [f"{name}: expected keywords of the model, got {conf[name]!r}"]
-        )
+        faults += find_keyword_faults(name, conf[name])
     for name, keys in SCHEMA.items():
         section = conf.get(name)
         if not isinstance(section, dict):
@@ -373,9 +369,10 @@ def _model_faults(conf: dict) -> list[str]:
         if name == PUBLISHED:
             return [f"--{fault}" for fault in str(error).split("; ")]
         return [f"{name} in conf.yml: {brief(error)}"]
-    least = getattr(getattr(model, "encoder", None), "length", 1)
+    least = least_samples(model)
     if 0 < data["segment"] * data["sample_rate"] < least:
-        return [f"--segment {data['segment']} is shorter than a frame (--L {least})"]
+        frame = f"--L {least}" if name == PUBLISHED else f"{least} samples of {name}"
+        return [f"--segment {data['segment']} is shorter than a frame ({frame})"]
     fault = find_shape_fault(model, int(data["segment"] * data["sample_rate"]))
     return [f"--model {name}: {fault}"] if fault else []
 

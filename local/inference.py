@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from local.fast.equal import choose_fast
 from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
+from local.models import least_samples
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
 
@@ -64,8 +65,12 @@ def separate(
         return _overlap_add(model, mixture, segment, overlap, progress, is_fast)
     if not is_fast:
         return _through_model(model, mixture, progress)
-    streams = method == "stream" or not find_stream_fault(model)
-    return (_stream if streams else _full)(model, mixture, progress)
+    return _by_fast_formulas(model, mixture, progress)
+
+
+def _by_fast_formulas(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
+    """The whole song, as a stream where the model can be streamed."""
+    return (_full if find_stream_fault(model) else _stream)(model, mixture, progress)
 
 
 def check_method(
@@ -125,11 +130,6 @@ def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
     return estimates
 
 
-def least_samples(model: nn.Module) -> int:
-    """The shortest window that a model should get: a filter, where it names its length."""
-    return getattr(getattr(model, "encoder", None), "length", 1)
-
-
 def _overlap_add(
     model: nn.Module,
     mixture: Tensor,
@@ -181,7 +181,8 @@ def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple
 def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:
     """(M, audio_channels, T) -> (M, C, audio_channels, T), by tiles on a CPU, where they pay."""
     if is_fast and mixtures.device.type == "cpu":
-        return torch.stack([separate(model, mixture, "full") for mixture in mixtures])
+        whole = [_by_fast_formulas(model, mixture, lambda samples: None) for mixture in mixtures]
+        return torch.stack(whole)
     return run_model(model, mixtures)
 
 

@@ -56,6 +56,11 @@ def sketch_model(name: str, keywords: Mapping) -> nn.Module:
                 return build_model(name, keywords)
 
 
+def least_samples(model: nn.Module) -> int:
+    """The shortest input that a model should get: a filter, where it names its length."""
+    return getattr(getattr(model, "encoder", None), "length", 1)
+
+
 def find_shape_fault(model: nn.Module, samples: int) -> str:
     """What is wrong with the shape of a sketched model's estimates; nothing where they are right,
     or where it cannot be told without computing them.
@@ -72,8 +77,10 @@ def find_shape_fault(model: nn.Module, samples: int) -> str:
     return f"estimates must be {expected} for a mixture of {tuple(mixture.shape)}, got {shape}"
 
 
-def find_keyword_faults(name: str, keywords: Mapping) -> list[str]:
+def find_keyword_faults(name: str, keywords) -> list[str]:
     """What a model of MODELS does not take of its section in conf.yml, a line each."""
+    if not isinstance(keywords, dict):
+        return [f"{name}: expected keywords of the model, got {keywords!r}"]
     known = inspect.signature(MODELS[name]).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return []
