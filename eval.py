@@ -10,22 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from local.checkpoint import LONGEST_NAME, find_weights, locked, sha256
-from local.config import (
-    CHOICES,
-    OneLineParser,
-    UserError,
-    clear_errors,
-    is_failed_access,
-    plural,
-    raise_together,
-    read_yaml,
-)
-from local.fast.equal import describe_fast
-from local.inference import separate
-from local.ranks import Ranks, joined_ranks
-from local.references import TestTrack, describe_files, list_files, open_test_set, read_mixture
-from local.results import (
+from local.checkpoint import find_weights
+from local.eval.results import (
     RESULTS,
     ScoredTrack,
     find_change,
@@ -33,7 +19,10 @@ from local.results import (
     remove_track,
     write_results,
 )
-from local.scoring import SCORERS, ScoringPool, choose_jobs, remove_estimates
+from local.eval.scoring import ScoringPool, choose_jobs, remove_estimates
+from local.eval.tracks import TestTrack, describe_files, list_files, open_test_set, read_mixture
+from local.fast.equal import describe_fast
+from local.inference import separate
 from local.separate import (
     add_method_flags,
     check_flags,
@@ -42,9 +31,11 @@ from local.separate import (
     progress_bar,
     save_estimates,
 )
-from local.stems import need_ffmpeg
-
-SUFFIXES = CHOICES["suffix"]
+from local.tools.choices import SCORERS, SUFFIXES
+from local.tools.command_line import OneLineParser, UserError, clear_errors, plural, raise_together
+from local.tools.ffmpeg import need_ffmpeg
+from local.tools.files import LONGEST_NAME, is_failed_access, locked, read_yaml, sha256
+from local.tools.ranks import Ranks, joined_ranks
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,41 +25,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from local.checkpoint import atomic_path, locked
-from local.config import (
-    CHOICES,
-    UserError,
-    brief,
-    clear_errors,
-    count_batches,
-    count_parameters,
-    find_faults,
-    is_failed_access,
-    make_model,
-    parse_conf,
-    plural,
-    raise_together,
-)
-from local.faults import (
-    advise_on_memory,
-    describe_lost_worker,
-    is_lost_connection,
-    is_out_of_memory,
-)
-from local.interrupts import Interrupted, Interrupts, ignore_signals
-from local.musdb18_dataset import (
-    DatasetError,
-    EpochSampler,
-    RankSampler,
-    SegmentDataset,
-    Track,
-    TrackDataset,
-    find_tracks,
-    keep_batch,
-    split_validation,
-)
-from local.preflight import check_ends, find_place_faults
-from local.progress import (
+from local.config import find_faults, parse_conf
+from local.models import count_parameters, make_model
+from local.musdb18_dataset import SegmentDataset, TrackDataset, keep_batch
+from local.musdb18_tracks import DatasetError, Track, find_tracks, split_validation
+from local.system import MusicSystem
+from local.tools.choices import SUFFIXES
+from local.tools.command_line import UserError, brief, clear_errors, plural, raise_together
+from local.tools.files import atomic_path, is_failed_access, locked
+from local.train.checkpoints import AtomicCheckpointIO, BestCheckpoints, LastCheckpoints
+from local.train.display import (
     Forecast,
     ProgressBar,
     describe_best,
@@ -69,16 +44,17 @@ from local.progress import (
     describe_run,
     describe_stop,
 )
-from local.resume import (
-    LastCheckpoints,
-    check_point,
-    is_finished,
-    load_last,
-    load_point,
-    make_loggers,
-    record_changes,
+from local.train.failures import (
+    advise_on_memory,
+    describe_lost_worker,
+    is_lost_connection,
+    is_out_of_memory,
 )
-from local.system import AtomicCheckpointIO, BestCheckpoints, MusicSystem
+from local.train.interrupts import Interrupted, Interrupts, ignore_signals
+from local.train.loaders import EpochSampler, RankSampler, count_batches
+from local.train.loggers import make_loggers
+from local.train.preflight import check_ends, find_place_faults
+from local.train.resume import check_point, is_finished, load_last, load_point, record_changes
 
 MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # how machines find one another
 
@@ -189,7 +165,7 @@ def check(conf: dict, options: dict) -> tuple[SegmentDataset, TrackDataset]:
         faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     if is_first and conf["main_args"]["exp_dir"]:
         faults += find_place_faults(exp_dir, count_parameters(conf) if is_valid else 0)
-    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in CHOICES["suffix"]:
+    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
         try:
             tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
             if is_first:  # the others would read the same

@@ -1,16 +1,12 @@
 """Models on disk: one way in for every kind of checkpoint, and atomic ways out."""
 
-import fcntl
-import hashlib
 import io
 import os
 import pickle
 import re
-import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +16,12 @@ from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_F
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from local.config import UserError, brief, model_args, model_name, read_yaml
-from local.models import MODELS, PUBLISHED, build_model
+from local.models import MODELS, PUBLISHED, build_model, model_args, model_name
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import UserError, brief
+from local.tools.files import atomic_path, read_yaml
 
 FILE_SUFFIXES = (".pth", ".ckpt")
-LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_path` can write
 MUSDB18_LICENSE = {
     "title": "MUSDB18",
     "title_link": "https://sigsep.github.io/datasets/musdb.html",
@@ -34,48 +30,6 @@ MUSDB18_LICENSE = {
     "license": "academic use only",
     "non_commercial": True,
 }
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A free path beside `path` for a file or a folder: renamed to `path` if the block ends well,
-    else removed; what a killed run left there is removed first.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process; when it ends, however it ends, the folder is free again.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written.
-    """
-    try:
-        file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be locked: {brief(error)}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use: another run writes to it") from None
-        except OSError:
-            pass  # some network file systems know no locks
-        yield
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def save_best_model(path: Path, model: nn.Module, conf: dict) -> None:
@@ -160,10 +114,6 @@ def find_weights(source: str | Path) -> Path:
         return next(path / name for name in names if (path / name).is_file())
     cached = (try_to_load_from_cache(str(source), name) for name in names)
     return next(Path(file) for file in cached if isinstance(file, str))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_file(path: Path) -> nn.Module:

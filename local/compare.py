@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-from local.checkpoint import atomic_path
-from local.config import OneLineParser, UserError, clear_errors, plural, raise_together
-from local.musdb18_dataset import SOURCES, TARGETS, UNFIT_FOR_NAMES
-from local.results import METRICS, read_scores, summarise
+from local.eval.results import METRICS, read_scores, summarise
+from local.musdb18_tracks import SOURCES, TARGETS, UNFIT_FOR_NAMES
+from local.tools.command_line import OneLineParser, UserError, clear_errors, plural, raise_together
+from local.tools.files import atomic_path
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 PUBLISHED_ORIGIN = "published, not computed here: SDR of whole tracks through the model at once"

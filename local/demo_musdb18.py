@@ -24,10 +24,10 @@ from scipy.io import wavfile
 from scipy.signal import butter, fftconvolve, sosfilt
 from tqdm import tqdm
 
-from local.checkpoint import atomic_path
-from local.config import OneLineParser, UserError, clear_errors, raise_together
-from local.musdb18_dataset import VALIDATION_TRACKS
+from local.musdb18_tracks import VALIDATION_TRACKS
 from local.stems import decode_track
+from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
+from local.tools.files import atomic_path
 
 RATE = 44100
 SHORTEST, LONGEST = 3.0, 600.0  # room for a counted-in beat and some singing; what fits in memory

@@ -10,10 +10,7 @@ from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
 from local.models import least_samples
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
-
-METHODS = ("overlap-add", "full", "stream")
-SEGMENT = 6.0
-OVERLAP = 0.1
+from local.tools.choices import METHODS, OVERLAP, SEGMENT
 
 Progress = Callable[[int], object]
 

@@ -19,8 +19,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from local.random_states import keep_random_states
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import brief
+from local.tools.random_states import keep_random_states
 
 MODELS: dict[str, type[nn.Module]] = {"ConvTasNetStereo": ConvTasNetStereo}
 PUBLISHED = "ConvTasNetStereo"  # its keywords stand in the section convtasnet, and are flags
@@ -90,3 +91,47 @@ def find_keyword_faults(name: str, keywords) -> list[str]:
         for key in keywords
         if key not in own
     ]
+
+
+def model_name(conf: dict) -> str:
+    """The model that a configuration names; the first versions of this recipe named none."""
+    return conf.get("training", {}).get("model", PUBLISHED)
+
+
+def model_args(conf: dict) -> dict:
+    """The keywords of the model's constructor in a configuration."""
+    network, name = conf["convtasnet"], model_name(conf)
+    if name != PUBLISHED:
+        shared = {key: network[key] for key in ("C", "audio_channels")}
+        network = {**conf.get(name, {}), **shared}
+    return {**network, "samplerate": conf["data"]["sample_rate"]}
+
+
+def make_model(conf: dict) -> nn.Module:
+    """The model of a configuration, with new weights."""
+    return build_model(model_name(conf), model_args(conf))
+
+
+def count_parameters(conf: dict) -> int:
+    """Those of the model of a valid configuration."""
+    model = sketch_model(model_name(conf), model_args(conf))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def find_model_faults(conf: dict) -> list[str]:
+    """What is wrong with the model of a configuration, a line each, named by flags."""
+    name, data = model_name(conf), conf["data"]
+    if name not in MODELS:
+        return [f"--model must be one of {', '.join(MODELS)} (local/models.py), got {name}"]
+    try:
+        model = sketch_model(name, model_args(conf))
+    except (ValueError, TypeError) as error:
+        if name == PUBLISHED:
+            return [f"--{fault}" for fault in str(error).split("; ")]
+        return [f"{name} in conf.yml: {brief(error)}"]
+    least = least_samples(model)
+    if 0 < data["segment"] * data["sample_rate"] < least:
+        frame = f"--L {least}" if name == PUBLISHED else f"{least} samples of {name}"
+        return [f"--segment {data['segment']} is shorter than a frame ({frame})"]
+    fault = find_shape_fault(model, int(data["segment"] * data["sample_rate"]))
+    return [f"--model {name}: {fault}"] if fault else []

@@ -12,7 +12,6 @@ import os
 import re
 import select
 import signal
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -26,8 +25,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from local.checkpoint import atomic_path, load_model
-from local.config import (
+from local.checkpoint import load_model
+from local.fast.equal import describe_fast
+from local.inference import check_method, separate
+from local.musdb18_tracks import TARGETS
+from local.streaming import StreamingConvTasNet
+from local.tools.choices import FAST, METHODS, OVERLAP, SEGMENT
+from local.tools.command_line import (
     CLOSED_PIPE,
     INTERRUPTED,
     OneLineParser,
@@ -36,12 +40,8 @@ from local.config import (
     plural,
     raise_together,
 )
-from local.fast import FAST
-from local.fast.equal import describe_fast
-from local.inference import METHODS, OVERLAP, SEGMENT, check_method, separate
-from local.musdb18_dataset import TARGETS
-from local.stems import need_ffmpeg
-from local.streaming import StreamingConvTasNet
+from local.tools.ffmpeg import last_line, need_ffmpeg, run_program
+from local.tools.files import atomic_path
 
 # What counts as a song in a folder; a file that is named itself may be called anything.
 SUFFIXES = frozenset(
@@ -276,18 +276,6 @@ def read_song(song: Path) -> tuple[np.ndarray, int, str]:
     if not np.isfinite(audio).all():
         raise UserError("it holds NaN or infinity")
     return audio, int(rate), last_line(decoded.stderr)
-
-
-def run_program(program: str, *args: str) -> subprocess.CompletedProcess:
-    result = subprocess.run([program, "-loglevel", "error", *args], capture_output=True)
-    if result.returncode != 0:
-        raise UserError(f"{program} cannot read it: {last_line(result.stderr)}")
-    return result
-
-
-def last_line(output: bytes) -> str:
-    """Or nothing, where there is none."""
-    return (output.decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def progress_bar(title: str, time: int, rate: int) -> tqdm:

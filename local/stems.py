@@ -5,7 +5,6 @@ OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
 """
 
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from local.checkpoint import atomic_path
-from local.config import OneLineParser, UserError, clear_errors, raise_together
+from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
+from local.tools.ffmpeg import need_ffmpeg
+from local.tools.files import atomic_path
 
 SUFFIX = ".stem.mp4"
 # The order of the audio streams in a file.
@@ -49,16 +49,6 @@ def probe_rate(stem_file: Path) -> int | None:
     command += ["-show_entries", "stream=sample_rate", "-of", "csv=p=0", stem_file]
     shown = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return int(shown) if shown.isdecimal() else None
-
-
-def need_ffmpeg() -> None:
-    """Raises a UserError where ffmpeg or ffprobe is not on the PATH."""
-    missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} not found on the PATH; install ffmpeg"
-            " (Debian, Ubuntu: sudo apt-get install ffmpeg)"
-        )
 
 
 def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:

@@ -1,24 +1,18 @@
 """asteroid's System for this recipe: the loss, what is logged, what is kept."""
 
-import json
 import math
-import re
 import time
-from pathlib import Path
 
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from asteroid.engine.system import System
 
-from local.checkpoint import atomic_path, load_model, save_atomically, save_best_model
-from local.config import UserError, count_batches, import_asteroid
+from local.fast.choose import choose_forward
 from local.inference import separate
-from local.progress import describe_epoch, gather_peak_memory, wait_and_look_at_clock
-from local.random_states import get_random_states, set_random_states
-from local.recipe import describe_objects, keep_edits
-from local.training_forward import choose_forward
-
-System = import_asteroid("asteroid.engine.system").System
+from local.tools.command_line import UserError
+from local.tools.random_states import get_random_states, set_random_states
+from local.train.display import describe_epoch, gather_peak_memory, wait_and_look_at_clock
+from local.train.loaders import count_batches
+from local.train.recipe import describe_objects, keep_edits
 
 
 class MusicSystem(System):
@@ -223,73 +217,3 @@ class MusicSystem(System):
             f" {', '.join(map(str, items))} (--seed {seed}). Try a lower --lr, or --precision"
             " 32-true"
         )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints, made atomic."""
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(checkpoint, Path(path))
-
-
-class BestCheckpoints(ModelCheckpoint):
-    """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
-
-    NAME = re.compile(r"epoch=\d+-step=(\d+)(-v\d+)?\.ckpt")
-
-    def __init__(self, exp_dir: Path):
-        super().__init__(
-            exp_dir / "checkpoints",
-            monitor="val_loss",
-            mode="min",
-            save_top_k=10,
-            save_on_train_epoch_end=True,
-        )
-        self.exp_dir = exp_dir
-        self.exported_score = None  # val_loss of best_model.pth
-
-    def load_state_dict(self, state_dict):
-        """Restores what was kept, wherever the run was moved to."""
-        folder, scores = Path(self.dirpath), state_dict["best_k_models"]
-        paths = {folder / Path(path).name: score for path, score in scores.items()}
-        kept = {str(path): score for path, score in paths.items() if path.is_file()}
-        best, worst = (choose(kept, key=kept.get, default="") for choose in (min, max))
-        is_full = len(kept) == self.save_top_k
-        restored = {
-            "dirpath": self.dirpath,
-            "best_k_models": kept,
-            "best_model_path": best,
-            "best_model_score": kept.get(best),
-            "kth_best_model_path": worst if is_full else "",
-            "kth_value": kept[worst] if is_full else state_dict["kth_value"],
-        }
-        super().load_state_dict({**state_dict, **restored})
-        if (self.exp_dir / "best_model.pth").is_file():
-            self.exported_score = state_dict["best_model_score"]
-
-    def on_train_start(self, trainer, pl_module):
-        if trainer.is_global_zero:
-            for path in Path(self.dirpath).glob("epoch=*.ckpt"):
-                name = self.NAME.fullmatch(path.name)
-                if name and int(name[1]) > trainer.global_step:
-                    path.unlink()
-        if trainer.is_global_zero and self.best_model_path and self.exported_score is None:
-            self._export(load_model(self.best_model_path), pl_module.config)
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        super().on_train_epoch_end(trainer, pl_module)
-        if not trainer.is_global_zero:
-            return
-        scores = {
-            f"checkpoints/{Path(path).name}": score.item()
-            for path, score in self.best_k_models.items()
-        }
-        with atomic_path(self.exp_dir / "best_k_models.json") as temporary:
-            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        if self.exported_score is None or self.best_model_score < self.exported_score:
-            self._export(pl_module.model, pl_module.config)
-
-    def _export(self, model, conf):
-        save_best_model(self.exp_dir / "best_model.pth", model, conf)
-        self.exported_score = self.best_model_score

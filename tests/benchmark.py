@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import textbook
 
+from local.fast.choose import find_compiler_fault
 from local.fast.rows import tile_size
 from local.fast.training import TrainingForward, multiply_as_convolutions_do
-from local.inference import METHODS, separate
-from local.recompute import MEMORY
+from local.inference import separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
-from local.training_forward import find_compiler_fault
+from local.tools.choices import MEMORY, METHODS
 
 RATE = 44100
 SIZES = dict(N=256, B=256, H=512, X=10, R=4)  # of the published models
@@ -701,7 +701,9 @@ def write_noise(root: Path, split: str, tracks: int, seconds: float) -> None:
 
 
 def load_rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
-    from local.musdb18_dataset import EpochSampler, SegmentDataset, find_tracks, keep_batch
+    from local.musdb18_dataset import SegmentDataset, keep_batch
+    from local.musdb18_tracks import find_tracks
+    from local.train.loaders import EpochSampler
 
     tracks, length = find_tracks(root, "train", RATE), round(args.seconds * RATE)
     dataset = SegmentDataset(tracks, length, -(-args.items * args.workers // len(tracks)))
@@ -786,7 +788,7 @@ def measure_scorer(folder: Path, scorer: str) -> dict:
     import numpy as np
     from threadpoolctl import threadpool_limits
 
-    from local.bsseval import bss_eval
+    from local.eval.bsseval import bss_eval
 
     threadpool_limits(1)
     references, estimates = (np.load(folder / f"{x}.npy") for x in ("references", "estimates"))
@@ -810,9 +812,9 @@ def measure_scorer(folder: Path, scorer: str) -> dict:
 def pool_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:
     import numpy as np
 
-    from local.musdb18_dataset import TARGETS
-    from local.references import open_test_set, read_track
-    from local.scoring import ScoringPool
+    from local.eval.scoring import ScoringPool
+    from local.eval.tracks import open_test_set, read_track
+    from local.musdb18_tracks import TARGETS
 
     write_noise(folder, "test", args.tracks, max(args.lengths))
     (folder / "out" / "test").mkdir(parents=True)

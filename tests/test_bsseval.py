@@ -9,7 +9,7 @@ from conftest import SHARED, make_stems, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local.bsseval import TAPS, bss_eval
+from local.eval.bsseval import TAPS, bss_eval
 
 
 def make_signals(shape: tuple[int, int, int], seed=0) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +230,7 @@ def test_time_invariant_filters_are_no_artifact():
 def test_the_number_of_blocks_at_once_changes_nothing(block, monkeypatch):
     references, estimates = make_signals((2, 40_000, 2))
     expected = np.stack(bss_eval(references, estimates, 30_000, 5000))
-    monkeypatch.setattr("local.bsseval.BLOCKS_AT_ONCE", block)
+    monkeypatch.setattr("local.eval.bsseval.BLOCKS_AT_ONCE", block)
     found = np.stack(bss_eval(references, estimates, 30_000, 5000))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 

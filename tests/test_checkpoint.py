@@ -10,9 +10,12 @@ import torch
 import yaml
 from torch.torch_version import TorchVersion
 
-from local.checkpoint import atomic_path, find_weights, load_model, save_best_model, sha256
-from local.config import UserError, make_model, parse_conf, read_yaml
+from local.checkpoint import find_weights, load_model, save_best_model
+from local.config import parse_conf
+from local.models import make_model
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import UserError
+from local.tools.files import atomic_path, read_yaml, sha256
 
 FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
 

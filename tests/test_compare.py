@@ -21,8 +21,8 @@ from local.compare import (
     read_published,
     read_runs,
 )
-from local.config import UserError
-from local.results import METRICS
+from local.eval.results import METRICS
+from local.tools.command_line import UserError
 
 PUBLISHED = SHARED / "data" / "museval_scores"
 KNOCKOUT = "M.E.R.C. Music - Knockout"

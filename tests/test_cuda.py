@@ -24,14 +24,15 @@ from conftest import RATE, TINY_RUN, random_model, run_command, start_training
 from torch.utils.data import DataLoader, TensorDataset
 
 from local.checkpoint import load_model
+from local.fast.choose import find_compiler_fault
 from local.fast.equal import find_difference
+from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
 from local.inference import count_windows, separate
-from local.recompute import MEMORY, RecomputingForward
-from local.resume import list_last
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
-from local.training_forward import find_compiler_fault
+from local.tools.choices import MEMORY
+from local.train.checkpoints import list_last
 
 DEVICE = "cuda"
 ACCELERATOR = "gpu"  # the same to Lightning
@@ -385,7 +386,8 @@ class Reserved(pl.Callback):
 
 @needs_asteroid
 def test_validation_does_not_hold_the_memory_of_training(tmp_path):
-    from local.config import make_model, parse_conf
+    from local.config import parse_conf
+    from local.models import make_model
     from local.system import MusicSystem
 
     sizes = "--N 8 --L 8 --B 8 --H 256 --X 2 --R 1 --sample_rate 8000".split()

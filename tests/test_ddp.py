@@ -78,7 +78,7 @@ import pytorch_lightning as pl
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-import local.progress, train
+import local.train.display, train
 
 class Reads(TorchDispatchMode):
     count = 0
@@ -97,7 +97,7 @@ class Probe(pl.Callback):
         Probe.per_batch.append((Reads.count, Probe.shared))
 
 train.Forecast = Probe
-local.progress.ProgressBar.READ = float("inf")
+local.train.display.ProgressBar.READ = float("inf")
 with Reads():
     train.main(sys.argv[2:])
 with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local import demo_musdb18
-from local.config import UserError
 from local.demo_musdb18 import EXCERPT_NAME, RATE, add_excerpt, make_demo
-from local.musdb18_dataset import SOURCES, VALIDATION_TRACKS
+from local.musdb18_tracks import SOURCES, VALIDATION_TRACKS
+from local.tools.command_line import UserError
 
 SECONDS = 3.3  # neither a whole number of seconds nor of bars
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from local import tasnet
 from local.fast import equal
+from local.fast.choose import choose_forward
 from local.fast.equal import choose_fast, describe_fast, find_difference
 from local.inference import separate
-from local.random_states import get_random_states
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
-from local.training_forward import choose_forward
+from local.tools.random_states import get_random_states
 
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2, samplerate=1000)
 TRAINING = {"memory": "some", "compile": "no", "fast": "auto"}

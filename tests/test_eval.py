@@ -34,11 +34,12 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 import eval as evaluation
 import train
-from local.checkpoint import load_model, locked
-from local.config import UserError
+from local.checkpoint import load_model
+from local.eval.tracks import PackedTrack
 from local.inference import separate
-from local.references import PackedTrack
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import UserError
+from local.tools.files import locked
 
 
 def evaluate(*args) -> None:

@@ -19,8 +19,9 @@ from rounding import allow_for_rounding, assert_within_rounding
 import local.inference
 import local.streaming
 import local.tasnet
-from local.inference import METHODS, separate
+from local.inference import separate
 from local.tasnet import NORM_TYPES
+from local.tools.choices import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

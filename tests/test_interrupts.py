@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY_RUN, heed_signals
 
-from local.interrupts import Interrupted, Interrupts
+from local.train.interrupts import Interrupted, Interrupts
 
 # Takes its time for the second step, and leaves a file when that begins.
 SLOW_STEP = """

@@ -7,13 +7,7 @@ import yaml
 from conftest import ROOT, TINY_RUN, copy_project, write_song
 from torch import nn
 
-from local.models import (
-    MODELS,
-    build_model,
-    find_keyword_faults,
-    find_shape_fault,
-    sketch_model,
-)
+from local.models import MODELS, build_model, find_keyword_faults, find_shape_fault, sketch_model
 from local.tasnet import ConvTasNetStereo
 
 OWN_MODEL = '''

@@ -16,19 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from local.musdb18_dataset import (
+from local.musdb18_dataset import SegmentDataset, TrackDataset, keep_batch
+from local.musdb18_tracks import (
     SOURCES,
     VALIDATION_TRACKS,
     DatasetError,
-    EpochSampler,
-    RankSampler,
-    SegmentDataset,
     Track,
-    TrackDataset,
     find_tracks,
-    keep_batch,
     split_validation,
 )
+from local.train.loaders import EpochSampler, RankSampler
 
 LENGTH = 4000
 

@@ -6,11 +6,13 @@ import pytest
 from conftest import RATE, TINY_RUN, TRAIN_NAMES, write_corpus
 
 import train
-from local import preflight
-from local.checkpoint import locked
-from local.config import UserError, count_parameters, make_model, parse_conf
-from local.musdb18_dataset import DatasetError, find_tracks
-from local.preflight import (
+from local.config import parse_conf
+from local.models import count_parameters, make_model
+from local.musdb18_tracks import DatasetError, find_tracks
+from local.tools.command_line import UserError
+from local.tools.files import locked
+from local.train import preflight
+from local.train.preflight import (
     check_ends,
     describe_versions,
     existing_parent,

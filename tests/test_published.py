@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import train
 from local.checkpoint import load_model
-from local.config import count_parameters, make_model, parse_conf
-from local.musdb18_dataset import EpochSampler, find_tracks
+from local.config import parse_conf
+from local.models import count_parameters, make_model
+from local.musdb18_tracks import find_tracks
+from local.train.loaders import EpochSampler
 
 DEFAULTS = {
     "convtasnet": {

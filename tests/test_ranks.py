@@ -7,14 +7,14 @@ import pytest
 from conftest import ROOT
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
-from local.ranks import Ranks, joined_ranks
+from local.tools.ranks import Ranks, joined_ranks
 
 # What two ranks tell each other; the second may be told to stay away, or to leave early.
 TALK = """
 import json, sys
 from datetime import timedelta
-from local import ranks
-from local.config import clear_errors
+from local.tools import ranks
+from local.tools.command_line import clear_errors
 
 ranks.JOIN_WAIT = timedelta(seconds=int(sys.argv[1]))
 with clear_errors("talk"), ranks.joined_ranks() as found:

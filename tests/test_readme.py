@@ -25,7 +25,7 @@ from conftest import (
 )
 
 from local.checkpoint import load_model
-from local.results import METRICS
+from local.eval.results import METRICS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"

@@ -9,19 +9,19 @@ from conftest import TINY_RUN
 from pytorch_lightning.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-import local.recipe
-import local.resume
+import local.train.recipe
+import local.train.resume
 import train
 from local.checkpoint import load_weights_only
-from local.recipe import (
+from local.system import MusicSystem
+from local.train.checkpoints import list_last
+from local.train.recipe import (
     VERSIONS,
     describe_code,
     describe_object,
     describe_optimizer,
     find_code_changes,
 )
-from local.resume import list_last
-from local.system import MusicSystem
 
 WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
 
@@ -70,7 +70,7 @@ def half(corpus, tmp_path) -> list[str]:
 def edited(monkeypatch):
     """As if local/system.py, say, had been edited since."""
     code = {**describe_code(), "local/system.py": "another"}
-    for module in (local.recipe, local.resume):
+    for module in (local.train.recipe, local.train.resume):
         monkeypatch.setattr(module, "describe_code", lambda: code)
 
 

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch import nn
 
-from local.recompute import MEMORY, RecomputingForward, find_recomputed
+from local.fast.recompute import RecomputingForward, find_recomputed
 from local.tasnet import NORM_TYPES, TemporalBlock
+from local.tools.choices import MEMORY
 
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2)
 

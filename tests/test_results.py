@@ -9,8 +9,7 @@ from conftest import SHARED, make_record, needs_shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local.musdb18_dataset import TARGETS, UNFIT_FOR_NAMES
-from local.results import (
+from local.eval.results import (
     METRICS,
     RESULTS,
     ScoredTrack,
@@ -25,6 +24,7 @@ from local.results import (
     usdr_table,
     write_results,
 )
+from local.musdb18_tracks import TARGETS, UNFIT_FOR_NAMES
 
 FRAMES = 5
 DAMAGED = "its scores or their record are damaged"

@@ -23,10 +23,12 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 import train
 from local.checkpoint import load_weights_only
-from local.config import UserError
-from local.musdb18_dataset import EpochSampler, SegmentDataset
-from local.resume import LastCheckpoints, find_changes, list_last, load_last, load_point
-from local.system import BestCheckpoints, MusicSystem
+from local.musdb18_dataset import SegmentDataset
+from local.system import MusicSystem
+from local.tools.command_line import UserError
+from local.train.checkpoints import BestCheckpoints, LastCheckpoints, list_last
+from local.train.loaders import EpochSampler
+from local.train.resume import find_changes, load_last, load_point
 
 TIMES = {"items_per_second", "peak_memory_gib"}
 
@@ -705,7 +707,7 @@ SLOW_DISK = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import train
-from local.resume import LastCheckpoints
+from local.train.checkpoints import LastCheckpoints
 
 class OnSlowDisk(LastCheckpoints):
     PAUSE = 0  # the other process hears of the signal at the next step

@@ -12,19 +12,19 @@ import pytest
 from conftest import RATE, ROOT, make_record, run_python
 from threadpoolctl import threadpool_info
 
-from local import scoring
-from local.config import UserError
-from local.musdb18_dataset import TARGETS
-from local.references import open_test_set, read_track
-from local.results import load_track, read_scores
-from local.scoring import (
-    SCORERS,
+from local.eval import scoring
+from local.eval.results import load_track, read_scores
+from local.eval.scoring import (
     ScoringPool,
     choose_jobs,
     remove_estimates,
     score_track,
     whole_track_sdr,
 )
+from local.eval.tracks import open_test_set, read_track
+from local.musdb18_tracks import TARGETS
+from local.tools.choices import SCORERS
+from local.tools.command_line import UserError
 
 
 def make_estimates(track, seed=0) -> np.ndarray:

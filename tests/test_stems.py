@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from local.config import UserError
 from local.stems import STREAMS, decode_track, decode_tree, main, track_name
+from local.tools.command_line import UserError
 
 
 def test_a_decoded_tree_is_what_musdb_reads(excerpts, tmp_path):

@@ -10,13 +10,17 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import local.training_forward
+import local.fast.choose
 from local.checkpoint import load_model
-from local.config import MEMORY, UserError, make_model, parse_conf
+from local.config import parse_conf
 from local.fast.training import TrainingForward
-from local.musdb18_dataset import EpochSampler
-from local.progress import ProgressBar
-from local.system import BestCheckpoints, MusicSystem
+from local.models import make_model
+from local.system import MusicSystem
+from local.tools.choices import MEMORY
+from local.tools.command_line import UserError
+from local.train.checkpoints import BestCheckpoints
+from local.train.display import ProgressBar
+from local.train.loaders import EpochSampler
 
 FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
 
@@ -82,7 +86,7 @@ def made(monkeypatch) -> list[tuple[str, bool]]:
         made.append((memory, compiled))
         return TrainingForward(model, memory)
 
-    monkeypatch.setattr(local.training_forward, "TrainingForward", make)
+    monkeypatch.setattr(local.fast.choose, "TrainingForward", make)
     return made
 
 
@@ -105,7 +109,7 @@ def test_training_is_that_of_the_plain_model(tmp_path, made, memory):
 def test_compile_yes_goes_on_without_a_compiler_that_fails(
     tmp_path, made, monkeypatch, capsys, fault, compiled, said
 ):
-    monkeypatch.setattr(local.training_forward, "find_compiler_fault", lambda device: fault)
+    monkeypatch.setattr(local.fast.choose, "find_compiler_fault", lambda device: fault)
     conf = parse_conf([*FLAGS, "--compile", "yes"])
     assert fit(make_system(conf), tmp_path, epochs=2).global_step == 8
     assert made == [("some", compiled)]
@@ -115,7 +119,7 @@ def test_compile_yes_goes_on_without_a_compiler_that_fails(
 @pytest.mark.parametrize("setting", ["auto", "no"])
 def test_nothing_is_compiled_on_a_cpu_unasked(tmp_path, made, monkeypatch, setting):
     monkeypatch.setattr(
-        local.training_forward, "find_compiler_fault", lambda device: pytest.fail("tried")
+        local.fast.choose, "find_compiler_fault", lambda device: pytest.fail("tried")
     )
     fit(make_system(parse_conf([*FLAGS, "--compile", setting])), tmp_path)
     assert made == [("some", False)]

@@ -33,8 +33,8 @@ import train
 from local import system
 from local.checkpoint import load_model, save_atomically
 from local.config import parse_conf
-from local.resume import make_loggers
 from local.system import MusicSystem
+from local.train.loggers import make_loggers
 
 
 def rows_of(experiment) -> list[dict]:
@@ -411,7 +411,8 @@ def test_a_worker_that_dies_names_the_file(killer, split, corpus, tmp_path):
     code = f"""
 import os, signal
 import train
-from local.musdb18_dataset import Track, get_worker_info
+from local.musdb18_dataset import get_worker_info
+from local.musdb18_tracks import Track
 
 def read(track, source, *place):
     if track.name == {name!r} and source == "bass" and get_worker_info():

@@ -8,10 +8,10 @@ from conftest import model_confs, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from local.fast.choose import find_compiler_fault
 from local.fast.training import TrainingForward
-from local.recompute import MEMORY
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
-from local.training_forward import find_compiler_fault
+from local.tools.choices import MEMORY
 
 MIDDLING = dict(N=24, L=8, B=16, H=32, P=3, X=3, R=2, C=2, audio_channels=2)
 DIRECTIONS = [pytest.param(False, id="non-causal"), pytest.param(True, id="causal")]

@@ -3,5 +3,3 @@
 local/tasnet.py is the definition; nothing here is needed for a result. equal.py decides, rows.py
 has the formulas of inference, training.py those of training.
 """
-
-FAST = ("auto", "yes", "no")  # whether to go by them: where they equal the model, or fail; never

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local import tasnet
-from local.fast import FAST
+from local.fast.recompute import has_hooks
 from local.fast.rows import RowModel
 from local.fast.training import TrainingForward
-from local.random_states import get_random_states, keep_random_states
-from local.recompute import has_hooks
+from local.tools.choices import FAST
+from local.tools.random_states import get_random_states, keep_random_states
 
 LIMIT = 1e-9  # of a difference, relative to what is compared
 FRAMES = 64  # beyond those that the longest filter spans

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from local import tasnet
+from local.fast.recompute import keep_buffers
 from local.fast.rows import decode, embed, encode, product_dtype, wide
-from local.recompute import MEMORY, keep_buffers
+from local.tools.choices import MEMORY
 
 BN_EPS = nn.BatchNorm1d(1).eps
 POOLED = {"gLN": (1, 2), "cLN": (2,), "BN": (0, 1)}  # the dimensions that a norm takes as one

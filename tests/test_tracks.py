@@ -7,9 +7,9 @@ import pytest
 import soundfile as sf
 from conftest import RATE, TEST_NAMES, write_corpus
 
-from local.config import UserError
-from local.musdb18_dataset import DatasetError
-from local.references import describe_files, open_test_set, read_mixture, read_track
+from local.eval.tracks import describe_files, open_test_set, read_mixture, read_track
+from local.musdb18_tracks import DatasetError
+from local.tools.command_line import UserError
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])

@@ -4,12 +4,9 @@ import pytest
 import torch
 from conftest import RATE
 
-from local.faults import (
-    describe_lost_worker,
-    is_lost_connection,
-    is_out_of_memory,
-)
-from local.musdb18_dataset import TrackDataset, find_tracks
+from local.musdb18_dataset import TrackDataset
+from local.musdb18_tracks import find_tracks
+from local.train.failures import describe_lost_worker, is_lost_connection, is_out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from local.config import UserError
+from local.tools.command_line import UserError
 
 JOIN_WAIT = timedelta(minutes=10)  # for all to start
 LONGEST_WAIT = timedelta(days=7)  # for the others' work; that one is lost shows at once

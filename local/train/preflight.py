@@ -11,9 +11,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from local.musdb18_dataset import SOURCES, DatasetError, Track, raise_dataset_faults
+from local.musdb18_tracks import SOURCES, DatasetError, Track, raise_dataset_faults
 
-REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 SHOWN = ("torch", "pytorch-lightning", "asteroid", "numpy", "soundfile")
 SAMPLE = 0.1  # seconds at the end of every file
 READERS = 8  # files at a time; a network drive is asked for many

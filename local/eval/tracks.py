@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from local.musdb18_dataset import (
+from local.musdb18_tracks import (
     SOURCES,
     DatasetError,
     Track,
@@ -18,7 +18,8 @@ from local.musdb18_dataset import (
     find_tracks,
     raise_dataset_faults,
 )
-from local.stems import STREAMS, decode_track, need_ffmpeg, probe_rate, stem_files, track_name
+from local.stems import STREAMS, decode_track, probe_rate, stem_files, track_name
+from local.tools.ffmpeg import need_ffmpeg
 
 FILES = ("mixture", *SOURCES)
 PACKED_BYTES = 160_000  # of a second of a .stem.mp4 file: five streams of 256 kbit/s

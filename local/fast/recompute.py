@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-MEMORY = ("none", "some", "most")  # how much the backward pass computes again
+from local.tools.choices import MEMORY
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
 

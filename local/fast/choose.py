@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from local.fast.equal import choose_fast
+from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward, multiply_as_convolutions_do
-from local.recompute import RecomputingForward
 
 
 def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tuple[Callable, str]:

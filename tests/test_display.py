@@ -4,8 +4,9 @@ import pytest
 import pytorch_lightning as pl
 from test_system import FLAGS, fit, make_system
 
-from local.config import make_model, parse_conf
-from local.progress import ProgressBar, describe_time, validation_memory
+from local.config import parse_conf
+from local.models import make_model
+from local.train.display import ProgressBar, describe_time, validation_memory
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import re
 
-from local.config import brief
-from local.musdb18_dataset import SOURCES
+from local.musdb18_tracks import SOURCES
 from local.system import MusicSystem
+from local.tools.command_line import brief
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,11 +23,8 @@ import psutil
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from local.bsseval import RATIOS, bss_eval, energies, framewise_sdr
-from local.config import UserError
-from local.musdb18_dataset import TARGETS
-from local.references import TestTrack, read_track
-from local.results import (
+from local.eval.bsseval import RATIOS, bss_eval, energies, framewise_sdr
+from local.eval.results import (
     ScoredTrack,
     describe_track,
     load_track,
@@ -36,8 +33,11 @@ from local.results import (
     save_track,
     summarise,
 )
+from local.eval.tracks import TestTrack, read_track
+from local.musdb18_tracks import TARGETS
+from local.tools.choices import SCORERS
+from local.tools.command_line import UserError
 
-SCORERS = ("bsseval", "museval")
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
 # What a scoring process takes in all, and for each second of its track (measured, and rounded up).
 PROCESS_BYTES = 450e6

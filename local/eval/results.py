@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from local.checkpoint import atomic_path
-from local.musdb18_dataset import TARGETS, UNFIT_FOR_NAMES
+from local.musdb18_tracks import TARGETS, UNFIT_FOR_NAMES
+from local.tools.files import atomic_path
 
 METRICS = ("SDR", "SIR", "ISR", "SAR")
 RESULTS = ("results.txt", "results.csv", "results.pandas")

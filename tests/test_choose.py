@@ -6,9 +6,9 @@ import torch
 from conftest import random_model, run_python
 
 from local import tasnet
+from local.fast.choose import choose_forward, find_compiler_fault
+from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
-from local.recompute import RecomputingForward
-from local.training_forward import choose_forward, find_compiler_fault
 
 CPU = torch.device("cpu")
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=2, R=1, C=2, audio_channels=2)
@@ -68,7 +68,7 @@ def test_a_missing_compiler_is_told_in_a_line(tmp_path):
     code = (
         "import os, torch\n"
         f"os.environ.update(CXX='/no/such/compiler', TORCHINDUCTOR_CACHE_DIR='{tmp_path}')\n"
-        "from local.training_forward import find_compiler_fault\n"
+        "from local.fast.choose import find_compiler_fault\n"
         "print(find_compiler_fault(torch.device('cpu')))"
     )
     result = run_python("-c", code)

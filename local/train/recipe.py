@@ -13,7 +13,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ("torch", "pytorch-lightning")
 PLAIN = (bool, int, float, str, tuple, list)
 
@@ -40,6 +40,18 @@ def find_code_changes(before: dict[str, str]) -> list[str]:
     return lines + [
         f"{name}: {before.get(name)} before, {now[name]} now" for name in VERSIONS if name in odd
     ]
+
+
+def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str, list[str]]:
+    """What a run depends on beside its settings."""
+    tracks = {"training tracks": train_set.tracks, "validation tracks": valid_set.tracks}
+    return {
+        "devices": [f"{trainer.world_size} x {trainer.strategy.root_device.type}"],
+        **{
+            name: [f"{track.name} ({track.length} samples)" for track in found]
+            for name, found in tracks.items()
+        },
+    }
 
 
 def describe_object(thing) -> str:

@@ -12,15 +12,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from local.config import count_batches, plural
 from local.fast.equal import choose_fast, describe_fast
+from local.fast.recompute import find_recomputed
 from local.musdb18_dataset import SegmentDataset, TrackDataset
-from local.preflight import describe_disk, describe_versions
-from local.recipe import describe_object, describe_optimizer, list_schedules
-from local.recompute import find_recomputed
-from local.resume import list_last
 from local.streaming import find_stream_fault
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import plural
+from local.train.checkpoints import list_last
+from local.train.loaders import count_batches
+from local.train.preflight import describe_disk, describe_versions
+from local.train.recipe import describe_object, describe_optimizer, list_schedules
 
 
 def describe_run(system: pl.LightningModule, trainer: pl.Trainer) -> str:
