@@ -96,3 +96,30 @@ def test_why_nothing_is_computed_again():
     model.separator.network[2][1][0].net[1].register_forward_hook(lambda *_: None)
     assert find_recomputed(model, "most")[0] == []
     assert "hooks in a block" in find_recomputed(model, "most")[1]
+
+
+class Counter(nn.Module):
+    """Assigns its buffer, where BN changes its own in place; it is None before the first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("passes", None, persistent=False)
+
+    def forward(self, hidden):
+        self.passes = torch.ones(()) if self.passes is None else self.passes + 1
+        return (hidden * self.weight / self.passes).exp()
+
+
+def test_recomputing_finds_assigned_buffers_as_the_forward_pass_did():
+    found = []
+    for memory in ("none", "some"):
+        model = nn.Sequential(Counter())
+        model.block_class = Counter
+        forward = RecomputingForward(model, memory)
+        for _ in range(2):
+            forward(torch.arange(3.0)).sum().backward()
+        assert model[0].passes == 2
+        assert list(model.state_dict()) == ["0.weight"]
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)

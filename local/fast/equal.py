@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local import tasnet
-from local.fast.recompute import has_hooks
 from local.fast.rows import RowModel
 from local.fast.training import TrainingForward
 from local.tools.choices import FAST
+from local.tools.private import has_hooks
 from local.tools.random_states import get_random_states, keep_random_states
 
 LIMIT = 1e-9  # of a difference, relative to what is compared
@@ -145,8 +145,8 @@ def _describe_architecture(model: nn.Module) -> tuple:
         settings = {key: value for key, value in vars(module).items() if key not in usual}
         tensors = [
             (key, numbers.setdefault(id(tensor), len(numbers)), tuple(tensor.shape))
-            for key, tensor in (*module._parameters.items(), *module._buffers.items())
-            if tensor is not None
+            for named in (module.named_parameters, module.named_buffers)
+            for key, tensor in named(recurse=False, remove_duplicate=False)
         ]
         described.append((name, type(module), repr(settings), *tensors))
     # A notebook may replace a function, a constant or a method of the file.

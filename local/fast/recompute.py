@@ -9,13 +9,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from local.tools.choices import MEMORY
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in HOOKS)
+from local.tools.private import has_hooks
 
 
 class RecomputingForward:
@@ -79,12 +76,6 @@ def find_recomputed(model: nn.Module, memory: str) -> tuple[list[nn.Module], str
     return (repeats if memory == "most" and repeats else blocks), ""
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or after the forward or backward pass of a module."""
-    own = any(getattr(module, kind) for kind in HOOKS)
-    return own or any(getattr(torch_module, kind) for kind in GLOBAL_HOOKS)
-
-
 def find_outermost(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
     """The modules below one that are wanted and lie in no other such."""
     found = []
@@ -101,29 +92,39 @@ def _compute_again_later(part: nn.Module, forward: Callable, *args, **kwargs):
 
 
 def keep_buffers(part: nn.Module) -> tuple:
-    """For torch's checkpoint: the contexts of a forward pass and of its repetitions, which find the
-    buffers as the pass found them and change copies: BN counts a batch once.
+    """For torch's checkpoint: the contexts of the forward pass and of its recomputation.
+
+    The recomputation finds the buffers as the forward pass found them, and changes copies: BN
+    counts a batch once.
     """
-    modules = [module for module in part.modules() if module._buffers]
-    found = [_copy_buffers(module._buffers) for module in modules]
-    return nullcontext(), _OtherBuffers(modules, found)
+    return nullcontext(), _EarlierBuffers(part)
 
 
-class _OtherBuffers:
-    """Lends modules copies of other buffers; a graph may be walked twice, and enter this twice."""
+class _EarlierBuffers:
+    """Within it, the buffers of a module have copies of the values that they have now.
 
-    def __init__(self, modules: list[nn.Module], buffers: list[dict]):
-        self._modules, self._buffers = modules, buffers
+    A graph may be walked twice, and enter this twice.
+    """
+
+    def __init__(self, part: nn.Module):
+        self._earlier = {module: _copy(_get_buffers(module)) for module in part.modules()}
 
     def __enter__(self) -> None:
-        self._own = [module._buffers for module in self._modules]
-        for module, buffers in zip(self._modules, self._buffers, strict=True):
-            module._buffers = _copy_buffers(buffers)
+        self._own = {module: _get_buffers(module) for module in self._earlier}
+        for module, own in self._own.items():
+            earlier = _copy(self._earlier[module])
+            for name in {**own, **earlier}:
+                setattr(module, name, earlier.get(name))
 
     def __exit__(self, *_) -> None:
-        for module, buffers in zip(self._modules, self._own, strict=True):
-            module._buffers = buffers
+        for module, own in self._own.items():
+            for name in {**own, **self._earlier[module]}:
+                setattr(module, name, own.get(name))
 
 
-def _copy_buffers(buffers: dict) -> dict:
-    return {name: None if tensor is None else tensor.clone() for name, tensor in buffers.items()}
+def _get_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
+def _copy(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in buffers.items()}
