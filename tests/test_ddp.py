@@ -78,7 +78,7 @@ import pytorch_lightning as pl
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-import local.train.display, train
+import local.train.callbacks, local.train.display, train
 
 class Reads(TorchDispatchMode):
     count = 0
@@ -96,7 +96,7 @@ class Probe(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         Probe.per_batch.append((Reads.count, Probe.shared))
 
-train.Forecast = Probe
+local.train.callbacks.Forecast = Probe
 local.train.display.ProgressBar.READ = float("inf")
 with Reads():
     train.main(sys.argv[2:])
@@ -208,9 +208,9 @@ def test_a_signal_ends_both(shared_flags, tmp_path, send, signum):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signum, stderr
     assert re.fullmatch(
-        r"\nending after this step; once more ends at once\n"
+        r"\nending after this step; a second signal ends at once\n"
         r"\ninterrupted in epoch \d+; best val_loss \d.\d+, in \S+\n"
-        r"the same command goes on from \S+\n",
+        r"the same command resumes from \S+\n",
         stderr,
     )
 

@@ -6,7 +6,7 @@ from test_system import FLAGS, fit, make_system
 
 from local.config import parse_conf
 from local.models import make_model
-from local.train.display import ProgressBar, describe_time, validation_memory
+from local.train.display import ProgressBar, describe_time, estimate_validation_memory
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_times_are_readable(seconds, text):
 def test_the_memory_of_validation_is_that_of_the_tensors_it_keeps(flags, per_frame):
     conf = parse_conf([*FLAGS, "--B", "6", "--H", "10", *flags])
     system = SimpleNamespace(model=make_model(conf), config=conf)
-    assert validation_memory(system, 8001) == 2000 * per_frame
+    assert estimate_validation_memory(system, 8001) == 2000 * per_frame

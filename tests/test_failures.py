@@ -48,7 +48,5 @@ def test_a_lost_worker_is_known_by_its_number(corpus, monkeypatch):
     ):
         assert f"ended while it read {path};" in describe_lost_worker(RuntimeError(words), system)
     unknown = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
-    assert describe_lost_worker(unknown, system).startswith(
-        "a process that loads items ended: Data"
-    )
+    assert describe_lost_worker(unknown, system).startswith("a worker of a loader ended: Data")
     assert describe_lost_worker(RuntimeError("another"), system) == ""

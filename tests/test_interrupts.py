@@ -71,7 +71,7 @@ def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "ending after this step; once more ends at once" in stderr
+    assert "ending after this step; a second signal ends at once" in stderr
     assert "interrupted in epoch 0; there is no best_model.pth yet" in stderr
     assert "Traceback" not in stderr
 

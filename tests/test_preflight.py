@@ -11,14 +11,9 @@ from local.models import count_parameters, make_model
 from local.musdb18_tracks import DatasetError, find_tracks
 from local.tools.command_line import UserError
 from local.tools.files import locked
-from local.train import preflight
-from local.train.preflight import (
-    check_ends,
-    describe_versions,
-    existing_parent,
-    find_place_faults,
-    needed_bytes,
-)
+from local.train import preflight, run_folder
+from local.train.preflight import check_ends, describe_versions
+from local.train.run_folder import count_needed_bytes, find_existing_parent, find_folder_faults
 
 Usage = namedtuple("Usage", "free")
 
@@ -44,15 +39,15 @@ def test_files_that_end_badly_are_listed(tmp_path):
 
 
 def test_a_place_that_will_not_do(tmp_path, monkeypatch):
-    assert find_place_faults(tmp_path / "new" / "run", 1000) == []
+    assert find_folder_faults(tmp_path / "new" / "run", 1000) == []
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    (fault,) = find_place_faults(tmp_path / "file" / "run", 1000)
+    (fault,) = find_folder_faults(tmp_path / "file" / "run", 1000)
     file = tmp_path / "file"
     assert fault == f"--exp_dir: {file / 'run'} cannot be written: {file}: Not a directory"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1.2e9))
-    assert find_place_faults(tmp_path, 1000) == []
-    (fault,) = find_place_faults(tmp_path, 10_846_800)
+    assert find_folder_faults(tmp_path, 1000) == []
+    (fault,) = find_folder_faults(tmp_path, 10_846_800)
     assert fault == (
         f"--exp_dir: a run writes about 1.8 GB, and 1.2 GB are free in {tmp_path};"
         " make room, or name another folder"
@@ -66,7 +61,7 @@ def test_what_is_in_the_way(tmp_path):
     (tmp_path / "conf.yml").write_text("")
     (tmp_path / "changes.yml").mkdir()
     kinds = {"checkpoints": "folder", "logs": "folder", "changes.yml": "file"}
-    assert find_place_faults(tmp_path, 1000) == [
+    assert find_folder_faults(tmp_path, 1000) == [
         f"--exp_dir: {tmp_path / name} is in the way: it should be a {kind}"
         for name, kind in kinds.items()
     ]
@@ -88,20 +83,20 @@ def test_what_a_run_writes_is_what_it_says(experiment):
     overhead = 100_000  # bytes of names and settings, which count in a tiny model
     for path in checkpoints:
         assert 12 * parameters < path.stat().st_size < 12 * parameters + overhead
-    assert needed_bytes(Path("new"), 0) == preflight.LOG_BYTES
+    assert count_needed_bytes(Path("new"), 0) == run_folder.LOG_BYTES
     whole = 13 * 12 * parameters + 2 * 4 * parameters
-    assert needed_bytes(Path("new"), parameters) == preflight.LOG_BYTES + whole
+    assert count_needed_bytes(Path("new"), parameters) == run_folder.LOG_BYTES + whole
     written = sum(path.stat().st_size for path in checkpoints)
     much = 10_846_800
-    rest = needed_bytes(Path("new"), much) - needed_bytes(experiment, much)
+    rest = count_needed_bytes(Path("new"), much) - count_needed_bytes(experiment, much)
     assert rest == written
 
 
 def test_the_nearest_folder_that_is_there(tmp_path, monkeypatch):
-    assert existing_parent(tmp_path) == tmp_path
-    assert existing_parent(tmp_path / "a" / "b") == tmp_path
+    assert find_existing_parent(tmp_path) == tmp_path
+    assert find_existing_parent(tmp_path / "a" / "b") == tmp_path
     monkeypatch.chdir(tmp_path)
-    assert existing_parent(preflight.Path("a/b")) == tmp_path
+    assert find_existing_parent(Path("a/b")) == tmp_path
 
 
 def test_versions_beyond_the_tested_ones_are_marked(monkeypatch):
@@ -121,7 +116,7 @@ def flags(exp_dir, root) -> list[str]:
 def test_a_check_says_what_the_run_would_be_and_writes_nothing(corpus, tmp_path, capsys):
     train.main(flags(tmp_path / "a" / "run", corpus))
     printed = capsys.readouterr().out
-    for words in ("model ", "validation 1 track", "versions ", "GB will be written", "was found"):
+    for words in ("model ", "validation 1 track", "versions ", "GB will be written", "no fault"):
         assert words in printed
     assert not any(tmp_path.iterdir())
 

@@ -9,10 +9,11 @@ from conftest import TINY_RUN
 from pytorch_lightning.callbacks import EarlyStopping
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
+import local.train.checkpoints
 import local.train.recipe
-import local.train.resume
 import train
 from local.checkpoint import load_weights_only
+from local.config import KEYS, OPTIONS, parse_conf, read_conf
 from local.system import MusicSystem
 from local.train.checkpoints import list_last
 from local.train.recipe import (
@@ -22,6 +23,7 @@ from local.train.recipe import (
     describe_optimizer,
     find_code_changes,
 )
+from local.train.resume import find_changes, load_last_checkpoint
 
 WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
 
@@ -50,7 +52,6 @@ def test_code_and_versions_are_compared():
     files, version = find_code_changes(edited)
     assert files == "code: changed since in local/tasnet.py, local/gone.py"
     assert version == f"torch: 1.0 before, {code['torch']} now"
-    assert find_code_changes({})  # of a version that kept none
 
 
 def flags(exp_dir, corpus, *more) -> list[str]:
@@ -70,7 +71,7 @@ def half(corpus, tmp_path) -> list[str]:
 def edited(monkeypatch):
     """As if local/system.py, say, had been edited since."""
     code = {**describe_code(), "local/system.py": "another"}
-    for module in (local.train.recipe, local.train.resume):
+    for module in (local.train.recipe, local.train.checkpoints):
         monkeypatch.setattr(module, "describe_code", lambda: code)
 
 
@@ -110,7 +111,7 @@ def test_what_the_objects_were_made_with_is_that_of_the_code(half, edited, monke
 
     (before,) = load_weights_only(list_last(tmp_path / "run" / "checkpoints")[0])["lr_schedulers"]
     made = edit_system(monkeypatch, change)
-    monkeypatch.setattr(train, "EarlyStopping", lambda *args, **kwargs: stop)
+    monkeypatch.setattr("pytorch_lightning.callbacks.EarlyStopping", lambda *args, **kwargs: stop)
     stop = EarlyStopping("val_loss", mode="min", patience=7)
     train.main([*half, "--epochs", "3", "--resume_with_changes"])
     (group,) = made[-1].optimizer.param_groups
@@ -217,20 +218,25 @@ def test_fast_yes_refuses_an_edited_model(corpus, tmp_path, monkeypatch, error_o
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_that_a_run_did_not_know_counts_as_its_default(corpus, tmp_path, capsys):
-    """A finished run of an earlier version, which kept nothing of its code either."""
-    arguments = flags(tmp_path / "run", corpus)
-    train.main(arguments)
-    (path, *_) = list_last(tmp_path / "run" / "checkpoints")
-    content = load_weights_only(path)
-    for key in ("model", "fast", "valid_method"):
-        del content["training_config"]["training"][key]
-    for name in ("code", "objects"):
-        del content["so_far"][name]
-    torch.save(content, path)
-    capsys.readouterr()
-    train.main(arguments)
-    assert "is finished, after 1 epoch" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        train.main([*arguments, "--epochs", "2", "--resume_with_changes"])
-    assert "of an earlier version of this recipe" in capsys.readouterr().err
+def test_a_key_that_a_run_did_not_know_counts_as_its_default(half, tmp_path, capsys):
+    conf = parse_conf([*half, "--epochs", "2"])
+    for option in OPTIONS:
+        del conf["main_args"][option]
+    content = load_last_checkpoint(list_last(tmp_path / "run" / "checkpoints")[0])
+    defaults, saved = read_conf(), content["training_config"]
+    for section, keys in KEYS.items():
+        for name in keys:
+            if saved[section][name] == defaults[section][name]:
+                shorter = {key: value for key, value in saved[section].items() if key != name}
+                earlier = {**content, "training_config": {**saved, section: shorter}}
+                assert find_changes(conf, content["run"]["inputs"], earlier) == []
+
+
+def test_an_earlier_version_is_refused_in_a_line(half, tmp_path, error_of):
+    (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
+    content = load_weights_only(newest)
+    content["so_far"] = content.pop("run")
+    torch.save(content, newest)
+    error = error_of(train.main, *half, "--epochs", "3")
+    assert re.search(f"{newest}: an earlier version .*; name another --exp_dir\n$", error)
+    assert newest.is_file()

@@ -23,12 +23,13 @@ from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 import train
 from local.checkpoint import load_weights_only
+from local.config import OPTIONS, parse_conf
 from local.musdb18_dataset import SegmentDataset
 from local.system import MusicSystem
 from local.tools.command_line import UserError
 from local.train.checkpoints import BestCheckpoints, LastCheckpoints, list_last
 from local.train.loaders import EpochSampler
-from local.train.resume import find_changes, load_last, load_point
+from local.train.resume import find_changes, load_last_checkpoint, load_newest
 
 TIMES = {"items_per_second", "peak_memory_gib"}
 
@@ -165,7 +166,7 @@ def test_a_run_that_heard_a_signal_goes_on(
             (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
             told = capsys.readouterr().err
             assert "\ninterrupted in epoch " in told
-            assert told.endswith(f"the same command goes on from {newest}\n")
+            assert told.endswith(f"the same command resumes from {newest}\n")
     train.main(flags(tmp_path / "run", corpus))
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
@@ -257,7 +258,7 @@ def test_other_settings_are_refused_or_recorded(corpus, tmp_path, error_of, monk
     error = error_of(train.main, *changed, "--seed", 5)
     for words in ("--lr: 0.0005 before, 0.01 now", "--seed: 0 before, 5 now"):
         assert words in error
-    assert "other settings; name another --exp_dir, or go on with --resume_with_changes:" in error
+    assert "other settings; name another --exp_dir, or resume with --resume_with_changes:" in error
     train.main([*changed, "--resume_with_changes"])
     assert "epoch: 1\n" in (exp_dir / "changes.yml").read_text()
     assert "--lr: 0.0005 before, 0.01 now" in (exp_dir / "changes.yml").read_text()
@@ -273,11 +274,12 @@ def test_a_run_that_learned_nothing_starts_anew_with_any_settings(corpus, tmp_pa
 def test_what_may_change_freely(corpus, tmp_path):
     train.main(flags(tmp_path / "run", corpus, epochs=1))
     (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
-    point = load_point(newest)
+    content = load_last_checkpoint(newest)
     more = ["--num_workers", 3, "--devices", 1, "--checkpoint_every", "2 min"]
-    conf = train.parse_conf(flags(tmp_path / "elsewhere", tmp_path, *more, epochs=9))
-    train.take_options(conf)
-    assert find_changes(conf, point["so_far"]["surroundings"], point) == []
+    conf = parse_conf(flags(tmp_path / "elsewhere", tmp_path, *more, epochs=9))
+    for option in OPTIONS:
+        del conf["main_args"][option]
+    assert find_changes(conf, content["run"]["inputs"], content) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", None])
@@ -293,7 +295,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     capsys.readouterr()
     train.main(arguments)
     printed = capsys.readouterr()
-    assert f"warning: {newest}: no checkpoint to go on from" in printed.err
+    assert f"warning: {newest}: not a checkpoint to resume from" in printed.err
     assert f"from {before}" in printed.out
     damaged = newest.with_suffix(".damaged")
     assert damaged.is_file()
@@ -321,13 +323,13 @@ def test_never_and_a_checkpoint_by_name(undisturbed, corpus, tmp_path, error_of)
     assert "--resume must be auto, never or a last-*.ckpt; no such file: " in error
     (best, *_) = (undisturbed / "checkpoints").glob("epoch=0*.ckpt")
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--resume", best))
-    assert "no checkpoint to go on from" in error
+    assert "not a checkpoint to resume from" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_another_folder_can_start_from_a_checkpoint(undisturbed, corpus, tmp_path):
-    point = list_last(undisturbed / "checkpoints")[1]
-    train.main(flags(tmp_path / "run", corpus, "--resume", point))
+    path = list_last(undisturbed / "checkpoints")[1]
+    train.main(flags(tmp_path / "run", corpus, "--resume", path))
     best, expected = (
         torch.load(exp_dir / "best_model.pth", weights_only=True)["state_dict"]
         for exp_dir in (tmp_path / "run", undisturbed)
@@ -341,9 +343,9 @@ def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
         "last-epoch=3-step=18.ckpt",
         "last-epoch=2-step=17.ckpt",
     ]
-    path, point = load_last(folder, set_aside=True)
+    path, content = load_newest(folder, rename=True)
     assert path.name == "last-epoch=3-step=18.ckpt"
-    assert point["finished"] == {"epochs": 3, "early": False}
+    assert content["run"]["finished"] == {"epochs": 3, "early": False}
 
 
 @pytest.mark.parametrize("every", ["", "5", "min", "-3 min", "5 hours", "1e3 steps"])
@@ -375,9 +377,9 @@ def test_a_run_of_single_steps_goes_on_from_its_first(corpus, tmp_path, monkeypa
 def test_a_checkpoint_of_another_run_is_kept_from_a_run(undisturbed, corpus, tmp_path, error_of):
     exp_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     before = write_times(exp_dir)
-    (point, *_) = list_last(undisturbed / "checkpoints")
-    error = error_of(train.main, *flags(exp_dir, corpus, "--resume", point, epochs=4))
-    assert f"--resume {point}: {exp_dir} holds another run; name another --exp_dir" in error
+    (path, *_) = list_last(undisturbed / "checkpaths")
+    error = error_of(train.main, *flags(exp_dir, corpus, "--resume", path, epochs=4))
+    assert f"--resume {path}: {exp_dir} holds another run; name another --exp_dir" in error
     assert write_times(exp_dir) == before
 
 
@@ -436,11 +438,11 @@ def test_two_runs_started_together_are_one(corpus, tmp_path):
     started = [start_training(tmp_path / "run", *arguments, until=lambda: True) for _ in range(2)]
     while all(process.poll() is None for process in started):
         time.sleep(0.05)
-    ended, going = sorted(started, key=lambda process: process.poll() is None)
+    ended, running = sorted(started, key=lambda process: process.poll() is None)
     assert ended.returncode == 2
     assert "is in use: another run writes to it" in ended.stderr.read()
-    going.kill()
-    assert going.wait() == -signal.SIGKILL
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
 
 
 # A full disk
@@ -478,7 +480,7 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(
     assert exit_.value.code == 1
     told = capsys.readouterr().err
     assert f"train.py: error: {small_disk / 'run'} cannot be written (is the disk full?): " in told
-    assert "\nthe same command goes on from " in told
+    assert "\nthe same command resumes from " in told
     filler.unlink()
     train.main(arguments)
     assert end_of(small_disk / "run") == end_of(undisturbed)
@@ -500,12 +502,12 @@ def test_another_number_of_devices_is_refused_or_recorded(corpus, tmp_path, erro
     shared = flags(exp_dir, corpus, "--valid_tracks", tmp_path / "valid.txt", epochs=2)
     run_until(5, shared, monkeypatch)
     error = error_of(train.main, *shared, "--devices", 2)
-    assert "other settings; name another --exp_dir, or go on with --resume_with_changes:" in error
+    assert "other settings; name another --exp_dir, or resume with --resume_with_changes:" in error
     assert "\n  devices: 1 x cpu before, 2 x cpu now\n" in error
     more = ["--devices", 2, "--batch_size", 2, "--resume_with_changes"]
     result = run_command("train.py", *shared, *more)
     assert result.returncode == 0, result.stderr
-    assert "goes on    in epoch 0, batch 4, from " in result.stdout
+    assert "resumes    in epoch 0, batch 4, from " in result.stdout
     assert "devices: 1 x cpu before, 2 x cpu now" in (exp_dir / "changes.yml").read_text()
 
 
@@ -529,10 +531,10 @@ def test_a_place_that_is_no_more(corpus, tmp_path, error_of, monkeypatch):
     exp_dir = tmp_path / "run"
     run_until(23, flags(exp_dir, corpus), monkeypatch)
     error = error_of(train.main, *flags(exp_dir, corpus, epochs=1))
-    assert "run: the run goes on in epoch 1, and --epochs 1 has none such" in error
+    assert "run: the run resumes in epoch 1, and ends before that with --epochs 1" in error
     fewer = ["--samples_per_track", 8, "--resume_with_changes"]
     error = error_of(train.main, *flags(exp_dir, corpus, *fewer))
-    assert "epoch 1 after 40 items, and with these settings it has 24; name another" in error
+    assert "epoch 1 after 40 items, and with these settings an epoch has 24; name another" in error
 
 
 # Damaged and hostile files
@@ -556,10 +558,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(save, corpus, tmp_path, err
     with path.open("wb") as file:
         save({"so_far": Evil(trace), "state_dict": {}}, file)
     error = error_of(train.main, *flags(tmp_path / "new", corpus, "--resume", path))
-    assert f"{path}: no checkpoint to go on from: " in error
+    assert f"{path}: not a checkpoint to resume from: " in error
     train.main(flags(tmp_path / "run", corpus, epochs=1))
     assert capsys.readouterr().err == (
-        f"warning: {path}: no checkpoint to go on from: it is not made of plain data alone;"
+        f"warning: {path}: not a checkpoint to resume from: it is not made of plain data alone;"
         " renamed to last-epoch=0-step=1.damaged\n"
     )
     assert path.with_suffix(".damaged").is_file()
@@ -575,9 +577,9 @@ def test_a_flipped_bit_is_found_or_does_no_harm(undisturbed, tmp_path):
         flipped[place] ^= 1 << rng.integers(8)
         damaged.write_bytes(flipped)
         try:
-            load_point(damaged)
+            load_last_checkpoint(damaged)
         except UserError as error:
-            assert str(error).startswith(f"{damaged}: no checkpoint to go on from: ")
+            assert str(error).startswith(f"{damaged}: not a checkpoint to resume from: ")
             found += 1
         else:
             loaded = load_weights_only(damaged)
@@ -608,13 +610,13 @@ def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
     answers = []
     for trainer.global_step in range(2000):
         now[0] += 0.01
-        answers.append(last._ask_ranks(trainer))
+        answers.append(last._exchange(trainer))
     assert 19 <= len(asked) <= 24
     assert answers.index((0, True)) in range(599, 700)
     others[0] = signal.SIGTERM
     while answers[-1] != (signal.SIGTERM, True):
         trainer.global_step += 1
-        answers.append(last._ask_ranks(trainer))
+        answers.append(last._exchange(trainer))
     assert trainer.global_step < 2100
 
 
@@ -651,7 +653,7 @@ def stop_and_go_on(exp_dir: Path, flags: list[str], name: str, step: int, more=(
     finally:
         with suppress(ProcessLookupError):  # of those that it started
             os.killpg(process.pid, signal.SIGKILL)
-    assert "goes on    in epoch " in train_in_one_thread(exp_dir, flags).stdout
+    assert "resumes    in epoch " in train_in_one_thread(exp_dir, flags).stdout
 
 
 @pytest.fixture(scope="module")
@@ -717,12 +719,13 @@ class OnSlowDisk(LastCheckpoints):
             os.kill(os.getpid(), signal.SIGTERM)
         super().on_train_batch_start(trainer, *args)
 
-    def _save(self, trainer, checkpoint):
+    def _save(self, trainer, batch_idx):
         if self.interrupts.signum and trainer.is_global_zero:
             time.sleep(7)
-        super()._save(trainer, checkpoint)
+        super()._save(trainer, batch_idx)
 
-train.LastCheckpoints = OnSlowDisk
+import local.train.callbacks
+local.train.callbacks.LastCheckpoints = OnSlowDisk
 train.main()
 """
 

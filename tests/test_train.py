@@ -30,7 +30,6 @@ from conftest import (
 )
 
 import train
-from local import system
 from local.checkpoint import load_model, save_atomically
 from local.config import parse_conf
 from local.system import MusicSystem
@@ -103,7 +102,7 @@ def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
         re.MULTILINE,
     )
     assert re.search(
-        r"^time       \S+ s per epoch, \S+ s for 1 epoch, measured on 2 batches;",
+        r"^time       \S+ s per epoch, \S+ s for 1 epoch, measured on 2 batches,",
         result.stdout,
         re.MULTILINE,
     )
@@ -364,7 +363,7 @@ def test_out_of_memory_in_training_names_the_flags(
     assert line == (
         "train.py: error: out of memory in training; these need less: --memory most, --precision"
         " bf16-mixed, --segment below 0.5, --batch_size 3 --aggregate 2 (now 6 and 1); a run that"
-        " has begun goes on with them and --resume_with_changes"
+        " has begun resumes with them and --resume_with_changes"
     )
 
 
@@ -386,7 +385,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_best_model(corpus, tmp_path, mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_atomically(checkpoint, path)
 
-    monkeypatch.setattr(system, "save_atomically", save_once)
+    monkeypatch.setattr("local.train.checkpoints.save_atomically", save_once)
     exp_dir = tmp_path / "run"
     with pytest.raises(SystemExit) as exit_:
         train.main(["--exp_dir", str(exp_dir), "--root", str(corpus), *TINY_RUN, "--epochs", "3"])
@@ -424,9 +423,7 @@ train.main({list(map(str, arguments))!r})
 """
     result = run_python("-c", code)
     path = corpus / "train" / name / "bass.wav"
-    assert f"train.py: error: a process that loads items ended while it read {path};" in (
-        result.stderr
-    )
+    assert f"train.py: error: a worker of a loader ended while it read {path};" in (result.stderr)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
 

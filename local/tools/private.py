@@ -3,6 +3,8 @@
 tests/test_private.py tests what each use relies on: after an upgrade, run it first.
 """
 
+import signal
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -19,3 +21,62 @@ def has_hooks(module: nn.Module) -> bool:
     """
     own = any(getattr(module, hooks) for hooks in HOOKS)
     return own or any(getattr(torch_module, hooks) for hooks in GLOBAL_HOOKS)
+
+
+def end_with_sigterm_as_with_ctrl_c(trainer) -> None:
+    """Lets a SIGTERM raise KeyboardInterrupt until `Interrupts` has set its own handlers, and keeps
+    ranks from waiting for each other at every step.
+
+    Lightning's handler only takes a note of the signal, and to share the note, it broadcasts a
+    tensor before every batch. There is no public way to omit that.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector._sigterm_notifier_fn = signal.default_int_handler
+
+
+def kill_launched_processes(trainer) -> None:
+    """Kills the ranks that Lightning has started from this process.
+
+    The launcher waits for them when this process fails, and its watch over them would kill this
+    process as well. There is no public way to end them.
+    """
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    for process in processes:
+        process.kill()
+    processes.clear()
+
+
+def draw_bar_if(bar, is_due) -> None:
+    """Lets a TQDMProgressBar be drawn when `is_due(current, total)` says so.
+
+    Lightning draws every so many batches. At a fixed number of batches a bar is either drawn too
+    often for a GPU, since drawing reads metrics from it, or too seldom for a CPU.
+    """
+    bar._should_update = is_due
+
+
+def rewind_loops(checkpoint: dict, batch_idx: int) -> None:
+    """Changes a checkpoint that was saved in on_train_batch_start, so that it is from before the
+    batch was fetched, and before the epoch began where this is its first batch.
+
+    Lightning resumes with the batch after the one that was fetched last. It offers no checkpoint
+    from before a batch, nor a way to change the progress of its loops.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    if batch_idx == 0:
+        for progress in loops["epoch_progress"].values():
+            progress["ready"] = progress["started"] = progress["processed"]
+        return
+    batches = loops["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    for kind in ("total", "current"):
+        batches[kind]["ready"] = batches[kind]["started"]
+
+
+def set_finished_batches(checkpoint: dict, batches: int) -> None:
+    """Sets how many batches of its epoch a checkpoint has behind it.
+
+    Lightning counts batches, whose size may have changed.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress["current"] = dict.fromkeys(progress["current"], batches)

@@ -1,4 +1,10 @@
-"""The checkpoints of a run: the ten best, and the last two, from which it resumes."""
+"""The checkpoints of a run: the ten best, and the last two, from which it resumes.
+
+A resumed run computes what an undisturbed one would, to the last bit. With Lightning alone it would
+not: that restarts the items of an epoch in its middle, and forgets what was summed within it. So
+the last checkpoints are taken before a batch, when nothing of the one before is pending, and the
+callbacks and the sampler keep what Lightning does not.
+"""
 
 import json
 import re
@@ -13,12 +19,19 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from local.checkpoint import load_model, save_atomically, save_best_model
 from local.config import read_interval
 from local.tools.files import atomic_path
+from local.tools.private import rewind_loops, set_finished_batches
+from local.tools.random_states import get_random_states, set_random_states
 from local.train.interrupts import Interrupted, Interrupts
-from local.train.recipe import describe_code, describe_objects, describe_surroundings
+from local.train.loaders import count_batches
+from local.train.ranks import gather_from_ranks
+from local.train.recipe import describe_code, describe_inputs, describe_objects, keep_edits
+
+KEPT = 2
+NAME = re.compile(r"last-epoch=(0|[1-9]\d*)-step=(0|[1-9]\d*)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints, made atomic."""
+    """Lightning's writing of checkpoints, made atomic."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -87,20 +100,38 @@ class BestCheckpoints(ModelCheckpoint):
         self.exported_score = self.best_model_score
 
 
-KEPT = 2
-NAME = re.compile(r"last-epoch=(0|[1-9]\d*)-step=(0|[1-9]\d*)\.ckpt")
+class RandomStates(pl.Callback):
+    """Keeps the states of all random generators in checkpoints, for every rank."""
+
+    _resumed = ()
+
+    def setup(self, trainer, pl_module, stage):
+        self._device = trainer.strategy.root_device
+
+    def state_dict(self) -> dict:
+        return {"ranks": gather_from_ranks(get_random_states(self._device))}
+
+    def load_state_dict(self, state_dict):
+        self._resumed = state_dict["ranks"]
+
+    def on_train_start(self, trainer, pl_module):
+        for states in self._resumed[trainer.global_rank : trainer.global_rank + 1]:
+            set_random_states(states, self._device)
 
 
 class LastCheckpoints(pl.Callback):
-    """Checkpoints from which a run goes on, all taken before an optimizer step: at the start and
-    before the last step of every epoch, in between, and when a signal ends the run; and at its end.
+    """Checkpoints from which a run resumes, all taken before an optimizer step: at the start and
+    before the last step of every epoch, at intervals, and when a signal ends the run; and one when
+    training ends. Their entry "run" says what `resume` needs to know.
 
     Args:
-        every: such as "30 min" or "500 steps".
+        every: the interval, such as "30 min" or "500 steps".
     """
 
-    PAUSE = 1.0  # seconds between two questions of the ranks to each other
-    MOST_STEPS = 100  # between two such questions
+    PAUSE = 1.0  # seconds between two exchanges of the ranks
+    MOST_STEPS = 100  # between two exchanges
+
+    _batch_idx = None  # before which a last checkpoint is being saved; -1 at the end of training
 
     def __init__(self, folder: Path, every: str, interrupts: Interrupts):
         self.seconds, self.steps = read_interval(every)
@@ -109,46 +140,86 @@ class LastCheckpoints(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         step = trainer.global_step
-        self._saved_time = self._asked_time = time.monotonic()
-        self._asked_step, self._next_question = step, step + 1
+        self._saved_time = self._exchange_time = time.monotonic()
+        self._exchange_step, self._next_exchange = step, step + 1
         self._saved_step = step if trainer.ckpt_path else -1
         if trainer.is_global_zero:
-            later = [path for path in list_last(self.folder) if _step_of(path) > step]
-            for path in (*later, *self.folder.glob(".*.tmp")):  # and what a killed run left
+            later = [path for path in list_last(self.folder) if _read_step(path) > step]
+            for path in (*later, *self.folder.glob(".*.tmp")):  # which a killed run has left
                 path.unlink()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         in_a_step, step = trainer.accumulate_grad_batches, trainer.global_step
         if batch_idx % in_a_step:
             return
-        signum, is_late = self._ask_ranks(trainer)
+        signum, is_late = self._exchange(trainer)
         is_due = is_late or (self.steps and step % self.steps == 0)
         is_last = batch_idx + in_a_step >= trainer.num_training_batches
         is_last |= step + 1 == pl_module.config["training"]["max_steps"]
         if step > self._saved_step and (is_due or signum or is_last or batch_idx == 0):
-            self._save(trainer, self._take(trainer, batch_idx))
+            self._save(trainer, batch_idx)
         if signum:
-            self.interrupts.signum = signum  # another rank may have heard it
+            self.interrupts.signum = signum  # it may have come to another rank
             # Lightning and torchrun end all processes soon after one has ended.
             trainer.strategy.barrier("the first rank has saved")
             raise Interrupted
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # Lightning would leave ReduceLROnPlateau out at the end of an epoch that was gone on with.
+    def on_train_batch_end(self, trainer, *args):
+        # Else Lightning would skip ReduceLROnPlateau at the end of an epoch that was resumed.
         trainer.fit_loop.restarting = False
 
     def on_train_end(self, trainer, pl_module):
+        self._save(trainer, -1)
+
+    def _save(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        name = f"last-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+        self._batch_idx = batch_idx
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
+        self._batch_idx = None
+        if trainer.is_global_zero:
+            for old in list_last(self.folder)[KEPT:]:
+                old.unlink()
+        self._saved_time, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self._batch_idx is None:
+            return  # one of the best
+        metrics = self.folder.with_name("logs") / "metrics.csv"
+        train_loader, valid_loader = pl_module.train_loader, pl_module.val_loader
+        items = self._batch_idx * train_loader.batch_size * trainer.world_size
+        checkpoint["run"] = {
+            "items": max(items, 0),  # of the epoch that are done
+            "metrics": metrics.read_bytes().decode() if metrics.is_file() else "",
+            "inputs": describe_inputs(trainer, train_loader.dataset, valid_loader.dataset),
+            "code": describe_code(),
+            "objects": describe_objects(pl_module, trainer),
+        }
+        if self._batch_idx >= 0:
+            rewind_loops(checkpoint, self._batch_idx)
+            return
         stopper = trainer.early_stopping_callback
-        checkpoint = self._dump(trainer)
-        checkpoint["so_far"]["items"] = 0  # of the next epoch
-        checkpoint["finished"] = {
+        checkpoint["run"]["finished"] = {
             "epochs": trainer.current_epoch,
             "early": stopper is not None and bool(stopper.stopping_reason_message),
         }
-        self._save(trainer, checkpoint)
 
-    def _ask_ranks(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """The signal that any rank has heard, 0 for none, and whether the minutes are over.
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        """Resumes within the epoch, with the objects that train.py makes now: what they are made
+        with now takes precedence over what they were made with.
+        """
+        if "run" not in checkpoint:
+            return  # one of the best
+        batches = count_batches(pl_module.config, checkpoint["run"]["items"], trainer.world_size)
+        start = batches * pl_module.train_loader.batch_size
+        pl_module.train_loader.sampler.resume(checkpoint["epoch"], start)
+        if batches:  # they may be of another size now
+            set_finished_batches(checkpoint, batches)
+        keep_edits(checkpoint, describe_objects(pl_module, trainer))
+
+    def _exchange(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """The signal that any rank has got, 0 for none, and whether the interval is over.
 
         All ranks get the same answer at the same step; for that they wait for each other, about
         once a second.
@@ -157,60 +228,21 @@ class LastCheckpoints(pl.Callback):
         is_late = now - self._saved_time >= self.seconds
         if trainer.world_size == 1:
             return self.interrupts.signum, is_late
-        if step < self._next_question:
+        if step < self._next_exchange:
             return 0, False
-        seconds = max(now - self._asked_time, 1e-6)
-        steps = int(self.PAUSE * (step - self._asked_step) / seconds)
+        seconds = max(now - self._exchange_time, 1e-6)
+        steps = int(self.PAUSE * (step - self._exchange_step) / seconds)
         pause = min(max(steps, 1), self.MOST_STEPS)
-        # The clock of the first rank alone counts: no two are the same.
+        # No two clocks are the same: that of the first rank decides.
         own = [self.interrupts.signum, *((is_late, pause) if trainer.is_global_zero else (0, 0))]
-        told = torch.tensor(own, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        signum, is_late, pause = told.tolist()
-        self._asked_time, self._asked_step, self._next_question = now, step, step + pause
+        largest = torch.tensor(own, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        signum, is_late, pause = largest.tolist()
+        self._exchange_time, self._exchange_step, self._next_exchange = now, step, step + pause
         return signum, bool(is_late)
 
-    def _take(self, trainer: pl.Trainer, batch_idx: int) -> dict:
-        """A checkpoint at the start of a batch, as if that had not been fetched yet."""
-        checkpoint = self._dump(trainer)
-        loops = checkpoint["loops"]["fit_loop"]
-        if batch_idx == 0:
-            for progress in loops["epoch_progress"].values():  # nor has the epoch begun
-                progress["ready"] = progress["started"] = progress["processed"]
-        else:
-            batches = loops["epoch_loop.batch_progress"]
-            batches["is_last_batch"] = False
-            for kind in ("total", "current"):
-                batches[kind]["ready"] = batches[kind]["started"]
-        return checkpoint
 
-    def _dump(self, trainer: pl.Trainer) -> dict:
-        for logger in trainer.loggers:
-            logger.save()
-        metrics = self.folder.with_name("logs") / "metrics.csv"
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-        system = trainer.lightning_module
-        checkpoint["so_far"] |= {
-            "metrics": metrics.read_bytes().decode() if metrics.is_file() else "",
-            "surroundings": describe_surroundings(
-                trainer, system.train_loader.dataset, system.val_loader.dataset
-            ),
-            "code": describe_code(),
-            "objects": describe_objects(system, trainer),
-        }
-        return checkpoint
-
-    def _save(self, trainer: pl.Trainer, checkpoint: dict) -> None:
-        if trainer.is_global_zero:
-            epoch, step = checkpoint["epoch"], checkpoint["global_step"]
-            self.folder.mkdir(exist_ok=True)
-            save_atomically(checkpoint, self.folder / f"last-epoch={epoch}-step={step}.ckpt")
-            for old in list_last(self.folder)[KEPT:]:
-                old.unlink()
-        self._saved_time, self._saved_step = time.monotonic(), checkpoint["global_step"]
-
-
-def _step_of(path: Path) -> int:
+def _read_step(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[2])
 
 

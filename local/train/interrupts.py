@@ -1,69 +1,91 @@
-"""Ctrl-C and what schedulers send: a run that hears it saves where it is, and ends."""
+"""Ctrl-C and the signals of schedulers: a run that gets one saves a checkpoint and ends."""
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import pytorch_lightning as pl
 
-# A closed terminal sends SIGHUP; SLURM sends SIGTERM, or SIGUSR1 where one asks for it in time.
-HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-SAME = 1.0  # seconds in which a signal that comes again, by way of torchrun, is the same one
-HINT = b"\nending after this step; once more ends at once\n"
+# A closed terminal sends SIGHUP; SLURM sends SIGTERM, or SIGUSR1 before the time limit on request.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAME = 1.0  # seconds within which the same signal may come twice, by way of torchrun
+HINT = b"\nending after this step; a second signal ends at once\n"
 
 
 class Interrupted(Exception):
     """Raised where a run ends because of a signal."""
 
 
-def ignore_signals(worker: int) -> None:
-    """For a process of a loader, which is needed to finish the step: the run alone heeds them."""
-    for signum in HEEDED:
-        signal.signal(signum, signal.SIG_IGN)
-
-
 class Interrupts(pl.Callback):
-    """Notes the first signal, in `signum`: training ends before the next optimizer step (by
-    `LastCheckpoints`), validation before the next track. A second one ends the run at once.
+    """Keeps the first signal in `signum`: training ends before the next optimizer step (see
+    `LastCheckpoints`), validation before the next track. A second signal ends the run at once.
 
-    From then on stdout leads nowhere, for the terminal may be closed, and Ctrl-C ends a tee, too:
-    what cannot be shown must not end the run before it has saved.
+    After a signal stdout leads nowhere: the terminal may be closed, and Ctrl-C ends a tee, too. A
+    line that cannot be shown must not end the run before it has saved.
     """
 
     signum = 0
-    _stdout = None  # where it led
+    _stdout = None  # a copy of the descriptor
+
+    def on_fit_start(self, trainer, pl_module):
+        """The step that is finished after a signal needs its workers, so they ignore signals."""
+        self._loaders = [pl_module.train_loader, pl_module.val_loader]
+        self._init_functions = [loader.worker_init_fn for loader in self._loaders]
+        for loader, init in zip(self._loaders, self._init_functions, strict=True):
+            loader.worker_init_fn = partial(_init_worker, init)
 
     def on_train_start(self, trainer, pl_module):
         self._hint = HINT if trainer.is_global_zero else b""
-        for signum in HEEDED:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(signum, self._note)
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # set by nohup
+                signal.signal(signum, self._handle)
+        self.on_validation_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer, pl_module):
+        """Removes the handler of SIGCHLD that a loader with workers has set. It raises wherever the
+        run is at that moment, and some places swallow the error; the loader that waits for a worker
+        notices by itself that it has died.
+        """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_validation_batch_start(self, trainer, *args):
-        if self.signum and trainer.is_global_zero:  # which ends the others, and says how to go on
+        if self.signum and trainer.is_global_zero:  # which ends the others
             raise Interrupted
 
-    def _note(self, signum, frame):
+    def teardown(self, trainer, pl_module, stage):
+        for loader, init in zip(self._loaders, self._init_functions, strict=True):
+            loader.worker_init_fn = init
+
+    def _handle(self, signum, frame):
         if not self.signum:
-            self.signum, self._noted = signum, time.monotonic()
+            self.signum, self._received = signum, time.monotonic()
             with suppress(OSError):
-                os.write(2, self._hint)  # print() may be at work in what was interrupted
-            with suppress(OSError):  # there is none
+                os.write(2, self._hint)  # the signal may have interrupted print()
+            with suppress(OSError):  # there may be no stdout
                 self._stdout = os.dup(1)
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.close(nowhere)
-        elif time.monotonic() - self._noted > SAME:
+        elif time.monotonic() - self._received > SAME:
             signal.signal(signum, signal.SIG_IGN)
             raise KeyboardInterrupt
 
     def restore_stdout(self):
-        """For what is to be said of a run that came to its end."""
+        """For a run that came to its end in spite of a signal."""
         if self._stdout is not None:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
             os.dup2(self._stdout, 1)
             os.close(self._stdout)
             self._stdout = None
+
+
+def _init_worker(init: Callable | None, worker: int) -> None:
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    if init is not None:
+        init(worker)

@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.csv and TensorBoard, which a resumed run continues."""
+"""The logs of a run: metrics.csv and TensorBoard. A resumed run continues them."""
 
 import csv
 from pathlib import Path
@@ -10,10 +10,11 @@ from local.tools.files import atomic_path
 
 
 class ContinuedCSVLogger(CSVLogger):
-    """Lightning's, which would delete metrics.csv when a run goes on.
+    """Lightning's CSVLogger deletes metrics.csv when a run is resumed; this one does not.
 
     Args:
-        before: what metrics.csv held where the run goes on; a kill may have torn the file itself.
+        before: what metrics.csv held at the checkpoint that is resumed; a kill may have cut the
+            file itself.
     """
 
     def __init__(self, exp_dir: Path, before: str = ""):
@@ -31,14 +32,18 @@ class ContinuedCSVLogger(CSVLogger):
         return writer
 
 
-def make_loggers(exp_dir: Path, point: dict | None) -> list:
-    """For TensorBoard and metrics.csv; from a checkpoint on, if there is one."""
-    step, metrics = (point["global_step"], point["so_far"]["metrics"]) if point else (0, "")
-    # What a killed run logged later than that will be logged again.
-    going_on = dict(purge_step=step, default_hp_metric=step == 0)
-    # Ctrl-C within queue.put can leave the thread that writes asleep, and what waits for it at the
-    # end with it: it wakes when it is time to flush.
+def make_loggers(exp_dir: Path, resumed=None) -> list:
+    """For TensorBoard and metrics.csv.
+
+    Args:
+        resumed: as of `resume.find_resumed`.
+    """
+    step, metrics = (resumed.step, resumed.metrics) if resumed else (0, "")
+    # What a killed run has logged after that step will be logged again.
+    settings = dict(purge_step=step, default_hp_metric=step == 0)
+    # Ctrl-C within queue.put can leave the thread that writes asleep, and so block the end of the
+    # run, which waits for the thread: that wakes up when it has to flush.
     return [
-        TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1, **going_on),
+        TensorBoardLogger(exp_dir, name="tensorboard", version="", flush_secs=1, **settings),
         ContinuedCSVLogger(exp_dir, metrics),
     ]

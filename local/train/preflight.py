@@ -1,36 +1,62 @@
-"""What a run needs besides a valid configuration, looked at before it starts."""
+"""Everything that would stop a run, checked before it starts."""
 
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from pytorch_lightning.utilities import rank_zero_only
 
-from local.musdb18_tracks import SOURCES, DatasetError, Track, raise_dataset_faults
+from local.config import find_faults
+from local.models import count_parameters
+from local.musdb18_tracks import SOURCES, DatasetError, Track, find_tracks, raise_dataset_faults
+from local.tools.choices import SUFFIXES
+from local.tools.command_line import raise_together
+from local.train.run_folder import find_folder_faults, is_used
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 SHOWN = ("torch", "pytorch-lightning", "asteroid", "numpy", "soundfile")
 SAMPLE = 0.1  # seconds at the end of every file
-READERS = 8  # files at a time; a network drive is asked for many
-CHECKPOINTS = 13  # the ten best, the last two, and one that is being written
-WEIGHT_BYTES = 4  # of the weights of best_model.pth; a checkpoint holds Adam's two averages as well
-LOG_BYTES = 50e6
-WRITTEN = {  # below EXP
-    **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
-    **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json", "changes.yml"), "file"),
-}
+READERS = 8  # files at a time; a network drive is faster with many
+
+
+def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Track]], tuple]):
+    """What `make_datasets` makes of the training tracks.
+
+    Raises:
+        UserError: lists the faults of the configuration, of the files under its root, and of EXP.
+    """
+    exp_dir, data, resume = Path(conf["main_args"]["exp_dir"]), conf["data"], options["resume"]
+    faults, datasets = find_faults(conf), None
+    is_valid, is_first = not faults, rank_zero_only.rank == 0
+    if is_first and resume == "never" and is_used(exp_dir):
+        faults.append(
+            f"--resume never: {exp_dir} holds a run already; name another --exp_dir, or delete it"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_file():
+        faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
+    if is_first and conf["main_args"]["exp_dir"]:
+        faults += find_folder_faults(exp_dir, count_parameters(conf) if is_valid else 0)
+    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
+        try:
+            tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
+            if is_first:  # the other ranks would read the same
+                check_ends(Path(data["root"]), tracks)
+            if is_valid:
+                datasets = make_datasets(conf, tracks)
+        except DatasetError as error:
+            faults.append(str(error).replace("\n", "\n  ") if faults else str(error))
+    raise_together(faults)
+    return datasets
 
 
 def check_ends(root: Path, tracks: Sequence[Track]) -> None:
-    """Reads every stem at its end; a header alone promises more than may be there.
+    """Reads the end of every stem: the header of a file that is cut short promises the whole.
 
     Raises:
-        DatasetError: lists those that cannot be read.
+        DatasetError: lists the files that cannot be read.
     """
     files = [(track, source) for track in tracks for source in SOURCES]
     with ThreadPoolExecutor(READERS) as pool:
@@ -47,63 +73,15 @@ def _find_fault(file: tuple[Track, str]) -> str:
     return ""
 
 
-def find_place_faults(exp_dir: Path, parameters: int) -> list[str]:
-    """Why what a run writes would not find its place, a line each; nothing is left there.
-
-    Args:
-        parameters: of the model.
-    """
-    place = existing_parent(exp_dir)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        return [f"--exp_dir: {exp_dir} cannot be written: {place}: {error.strerror}"]
-    odd = [
-        f"--exp_dir: {exp_dir / name} is in the way: it should be a {kind}"
-        for name, kind in WRITTEN.items()
-        if os.path.lexists(exp_dir / name) and (exp_dir / name).is_dir() != (kind == "folder")
-    ]
-    if odd:
-        return odd
-    needed, free = needed_bytes(exp_dir, parameters), shutil.disk_usage(place).free
-    if free < needed:
-        return [
-            f"--exp_dir: a run writes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-            f" in {place}; make room, or name another folder"
-        ]
-    return []
-
-
-def needed_bytes(exp_dir: Path, parameters: int) -> float:
-    """What the checkpoints and logs of a run will take, beside what it wrote before it goes on."""
-    written = sum(path.stat().st_size for path in exp_dir.glob("checkpoints/*.ckpt"))
-    whole = parameters * WEIGHT_BYTES * (3 * CHECKPOINTS + 2)
-    return max(whole - written, 0) + LOG_BYTES
-
-
-def existing_parent(folder: Path) -> Path:
-    """A folder itself, or the nearest one above it that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-
-
-def describe_disk(exp_dir: Path, parameters: int) -> str:
-    free = shutil.disk_usage(existing_parent(exp_dir)).free
-    needed = needed_bytes(exp_dir, parameters)
-    return f"about {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB free"
-
-
 def describe_versions() -> str:
-    """Of Python and the packages that matter; says which are not as requirements.txt has them."""
-    found = [f"Python {platform.python_version()}"]
+    """Of Python and the main libraries; marks those that requirements.txt does not allow."""
+    shown = [f"Python {platform.python_version()}"]
     wanted = read_requirements()
     for name in SHOWN:
-        installed = version(name)
-        limits = wanted[name].specifier
-        odd = "" if limits.contains(installed, prereleases=True) else f" (tested: {limits})"
-        found.append(f"{name} {installed}{odd}")
-    return ", ".join(found)
+        installed, limits = version(name), wanted[name].specifier
+        is_tested = limits.contains(installed, prereleases=True)
+        shown.append(f"{name} {installed}" + ("" if is_tested else f" (tested: {limits})"))
+    return ", ".join(shown)
 
 
 def read_requirements() -> dict[str, Requirement]:

@@ -1,7 +1,6 @@
-"""What a run is made of beside its settings: the code, the versions, the objects that it built.
+"""What a run depends on besides its settings: code, versions, data, and the objects it has built.
 
-A checkpoint keeps this, so that a run that is resumed with another loss, optimizer or schedule says
-so.
+Checkpoints keep it, so that a run that is resumed with another loss, optimizer or schedule says so.
 """
 
 import hashlib
@@ -18,9 +17,9 @@ VERSIONS = ("torch", "pytorch-lightning")
 PLAIN = (bool, int, float, str, tuple, list)
 
 
-@cache  # what runs is what was there when the run started
+@cache  # of the files as they were when the run started
 def describe_code() -> dict[str, str]:
-    """The SHA-256 of each file that training could run, and the versions of what it runs on."""
+    """The SHA-256 of train.py and of every file of local/, and the versions of the libraries."""
     files = [ROOT / "train.py", *sorted((ROOT / "local").rglob("*.py"))]
     hashes = {
         path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -30,20 +29,17 @@ def describe_code() -> dict[str, str]:
 
 
 def find_code_changes(before: dict[str, str]) -> list[str]:
-    """In what the code is another one than `describe_code` gave before, a line each."""
-    if not before:
-        return ["code: of a version of this recipe that kept no record of it"]
+    """How the code differs from what `describe_code` gave before, a line each."""
     now = describe_code()
-    odd = [name for name in before | now if before.get(name) != now.get(name)]
-    files = [name for name in odd if name not in VERSIONS]
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    files = [name for name in changed if name not in VERSIONS]
+    versions = [name for name in VERSIONS if name in changed]
     lines = [f"code: changed since in {', '.join(files)}"] if files else []
-    return lines + [
-        f"{name}: {before.get(name)} before, {now[name]} now" for name in VERSIONS if name in odd
-    ]
+    return lines + [f"{name}: {before.get(name)} before, {now[name]} now" for name in versions]
 
 
-def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str, list[str]]:
-    """What a run depends on beside its settings."""
+def describe_inputs(trainer: pl.Trainer, train_set, valid_set) -> dict[str, list[str]]:
+    """The devices and tracks of a run."""
     tracks = {"training tracks": train_set.tracks, "validation tracks": valid_set.tracks}
     return {
         "devices": [f"{trainer.world_size} x {trainer.strategy.root_device.type}"],
@@ -55,25 +51,26 @@ def describe_surroundings(trainer: pl.Trainer, train_set, valid_set) -> dict[str
 
 
 def describe_object(thing) -> str:
-    """A loss, a schedule or a callback, and what it was made with that is not its default."""
+    """A loss, a schedule or a callback, with the arguments that are not its defaults."""
     if isinstance(thing, torch.nn.Module):
         return " ".join(repr(thing).split())
     if not hasattr(thing, "__dict__") or inspect.isfunction(thing):
         return getattr(thing, "__name__", repr(thing))
-    return _call(type(thing).__name__, read_settings(thing, changed=True))
+    return _format_call(type(thing).__name__, read_settings(thing, changed=True))
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """The same of an optimizer, with its present learning rate."""
     shown = {"lr": None} | read_settings(optimizer, changed=True)
     shown["lr"] = optimizer.param_groups[0]["lr"]
-    return _call(type(optimizer).__name__, shown)
+    return _format_call(type(optimizer).__name__, shown)
 
 
 def read_settings(thing, changed: bool = False) -> dict:
-    """The arguments of its constructor that an object still knows, if they are plain values.
+    """The constructor's arguments that an object keeps as attributes, if they are plain values.
 
     Args:
-        changed: those alone that are not the defaults.
+        changed: only those that are not the defaults.
     """
     known = {**vars(thing), **vars(thing).get("defaults", {})}
     parameters = inspect.signature(type(thing)).parameters
@@ -87,19 +84,19 @@ def read_settings(thing, changed: bool = False) -> dict:
     return {name: value for name, value in found.items() if value != parameters[name].default}
 
 
-def _call(name: str, settings: dict) -> str:
+def _format_call(name: str, settings: dict) -> str:
     return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
 
 
 def list_schedules(system: pl.LightningModule) -> list:
-    """The schedulers of a System, which takes one or several, as they are or in dictionaries."""
+    """The schedulers of a System, which takes one or several, in dictionaries or not."""
     given = system.scheduler or []
     given = given if isinstance(given, (list, tuple)) else [given]
     return [entry["scheduler"] if isinstance(entry, dict) else entry for entry in given]
 
 
 def describe_objects(system: pl.LightningModule, trainer: pl.Trainer) -> dict[str, dict]:
-    """What was built of each kind, and with what: plain data, for a checkpoint."""
+    """Class and settings of optimizer, schedules, early stop and loss, as plain data."""
     things = {"optimizer": system.optimizer, "early stop": trainer.early_stopping_callback}
     things |= {f"schedule {i}": thing for i, thing in enumerate(list_schedules(system))}
     described = {
@@ -111,16 +108,16 @@ def describe_objects(system: pl.LightningModule, trainer: pl.Trainer) -> dict[st
 
 
 def keep_edits(checkpoint: dict, now: dict[str, dict]) -> None:
-    """Takes out of a checkpoint what would undo an edit: torch and Lightning restore what an
-    optimizer, a schedule and an early stop were made with, not only how far they had come.
+    """Removes from a checkpoint what would undo an edit: torch and Lightning restore not only the
+    state of an optimizer, a schedule and an early stop, but also their settings.
 
     Args:
-        checkpoint: of a run that had its own `describe_objects` in `so_far`.
-        now: of the run that is resumed.
+        checkpoint: whose entry "run" has the `describe_objects` of the run that saved it.
+        now: those of the run that is resumed.
     """
-    before = checkpoint["so_far"]["objects"]
+    before = checkpoint["run"]["objects"]
     edits = {name: _find_edits(before.get(name), there) for name, there in now.items()}
-    if edits["loss"] is None:  # what was best by the old one says nothing of the new
+    if edits["loss"] is None:  # values of another loss cannot be compared with those of this one
         edits = {name: edit if name == "optimizer" else None for name, edit in edits.items()}
         _drop_states(checkpoint, "BestCheckpoints")
     if edits["optimizer"] is None:
@@ -142,7 +139,7 @@ def keep_edits(checkpoint: dict, now: dict[str, dict]) -> None:
 
 
 def _find_edits(before: dict | None, now: dict) -> dict | None:
-    """The settings that an object has now and had not before; None where it is of another kind."""
+    """The settings that have changed; None where the class has."""
     if before is None or before["kind"] != now["kind"]:
         return None
     known = before["settings"]
@@ -150,7 +147,7 @@ def _find_edits(before: dict | None, now: dict) -> dict | None:
 
 
 def _find_states(checkpoint: dict, kind: str) -> list[dict]:
-    """Those of the callbacks of a class; Lightning's keys begin with its name."""
+    """The states of the callbacks of a class; Lightning's keys begin with its name."""
     return [state for key, state in checkpoint["callbacks"].items() if key.startswith(kind)]
 
 

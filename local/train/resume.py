@@ -1,149 +1,220 @@
-"""Going on where a run ended: its last checkpoints, the settings it had, logs that go on with it.
-
-A run that goes on computes what an undisturbed one would, to the last bit. With Lightning alone it
-would not: that starts the items of an epoch anew in its middle, and forgets what it had summed up.
-So a checkpoint is taken before a batch, when nothing of the one before is pending, and the system
-and the sampler keep what Lightning does not.
-"""
+"""Resuming a run: which checkpoint, what has changed since, whether there is anything to do."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
-import yaml
 from pytorch_lightning.utilities import rank_zero_only
 
 from local.checkpoint import load_weights_only
 from local.config import FREE, add_defaults
 from local.models import model_args, model_name
-from local.tools.command_line import UserError, brief
-from local.tools.files import atomic_path
+from local.tools.command_line import UserError, brief, plural
 from local.train.checkpoints import list_last
-from local.train.recipe import describe_surroundings, find_code_changes
+from local.train.loaders import count_batches
+from local.train.recipe import describe_inputs, find_code_changes
+from local.train.run_folder import is_used
+
+KEPT = ("epoch", "global_step", "training_config", "run")
 
 
-def load_last(folder: Path, set_aside: bool) -> tuple[Path | None, dict | None]:
-    """The newest checkpoint that can be read, as from `load_point`; nothing where there is none.
+class EarlierVersion(UserError):
+    """A checkpoint of an earlier version of this recipe, which this one cannot resume."""
+
+
+@dataclass
+class Resumed:
+    """A run that is resumed.
 
     Args:
-        set_aside: whether those that cannot be read are renamed; they are named in any case.
+        path: of its checkpoint.
+        content: of the checkpoint, as of `load_last_checkpoint`.
+        changes: in what the run differs since, a line each.
+    """
+
+    path: Path
+    content: dict
+    changes: list[str]
+
+    @property
+    def step(self) -> int:
+        return self.content["global_step"]
+
+    @property
+    def metrics(self) -> str:
+        return self.content["run"]["metrics"]
+
+    def describe(self, conf: dict, trainer: pl.Trainer) -> str:
+        """The line of the first screen."""
+        batch = count_batches(conf, self.content["run"]["items"], trainer.world_size)
+        epoch = self.content["epoch"]
+        return f"{'resumes':<11}in epoch {epoch}, batch {batch}, from {self.path}"
+
+    def describe_end(self, conf: dict) -> str:
+        """Why there is nothing left to do, and what has changed since; empty if there is."""
+        if not is_finished(self.content, conf):
+            return ""
+        end = self.content["run"]["finished"]
+        max_steps = self.content["training_config"]["training"]["max_steps"]
+        why = "more --epochs extend it"
+        if end["early"]:
+            why = "it stopped early"
+        elif 0 < max_steps <= self.step:
+            why = f"it had --max_steps {max_steps}"
+        exp_dir = self.path.parent.parent
+        line = f"{exp_dir} is finished, after {plural(end['epochs'], 'epoch')}; {why}"
+        return "\n  ".join([f"{line}; since then:" if self.changes else line, *self.changes])
+
+
+def find_resumed(
+    conf: dict, options: dict, trainer: pl.Trainer, train_set, valid_set
+) -> Resumed | None:
+    """The run that the flags ask to resume; None for a new one.
+
+    Raises:
+        UserError: there is no such run, or it cannot be resumed: its checkpoints are damaged, or
+            something has changed that --resume_with_changes does not accept.
+    """
+    exp_dir = Path(conf["main_args"]["exp_dir"])
+    path, content = _find_checkpoint(exp_dir, options)
+    if content is None:
+        return None
+    inputs = describe_inputs(trainer, train_set, valid_set)
+    changes = find_changes(conf, inputs, content)
+    code_changes = find_code_changes(content["run"]["code"])
+    if changes or not is_finished(content, conf):
+        _refuse_changes(conf, content, changes, code_changes, options["resume_with_changes"])
+    if not is_finished(content, conf):
+        _refuse_lost_place(conf, content, len(train_set))
+    return Resumed(path, content, changes + code_changes)
+
+
+def _find_checkpoint(exp_dir: Path, options: dict) -> tuple[Path | None, dict | None]:
+    resume, folder = options["resume"], exp_dir / "checkpoints"
+    if resume == "never":
+        return None, None
+    if resume == "auto":
+        rename = rank_zero_only.rank == 0 and not options["check"]
+        path, content = load_newest(folder, rename)
+        if is_used(exp_dir) and not content:
+            raise UserError(
+                f"--exp_dir: {exp_dir} holds a run, and no last-*.ckpt to resume it from; name"
+                " another --exp_dir, or delete it"
+            )
+        # A run that has learned nothing may start again, with other settings as well.
+        return (path, content) if is_used(exp_dir) else (None, None)
+    path = Path(resume)
+    if is_used(exp_dir) and path.parent.resolve() != folder.resolve():
+        raise UserError(f"--resume {path}: {exp_dir} holds another run; name another --exp_dir")
+    try:
+        return path, load_last_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"--resume {error}") from None
+
+
+def load_newest(folder: Path, rename: bool) -> tuple[Path | None, dict | None]:
+    """The newest last-*.ckpt that can be read, and what `load_last_checkpoint` gives of it.
+
+    Args:
+        rename: those that cannot be read, to .damaged; a warning names them in any case.
     """
     for path in list_last(folder):
         try:
-            return path, load_point(path)
+            return path, load_last_checkpoint(path)
+        except EarlierVersion:
+            raise
         except UserError as error:
-            aside = path.with_suffix(".damaged")
+            damaged = path.with_suffix(".damaged")
             if rank_zero_only.rank == 0:
-                renamed = f"; renamed to {aside.name}" if set_aside else ""
+                renamed = f"; renamed to {damaged.name}" if rename else ""
                 print(f"warning: {error}{renamed}", file=sys.stderr)
-            if set_aside:
-                path.rename(aside)
+            if rename:
+                path.rename(damaged)
     return None, None
 
 
-def load_point(path: Path) -> dict:
-    """What a checkpoint of `LastCheckpoints` says of its run: all but the model and its optimizer.
+def load_last_checkpoint(path: Path) -> dict:
+    """What a last-*.ckpt says of its run, without the model and the optimizer.
 
     Raises:
-        UserError: it is damaged, or another kind.
+        UserError: it is damaged, another kind, or of an earlier version.
     """
     try:
         checkpoint = load_weights_only(path)
-        if not isinstance(checkpoint, dict) or "metrics" not in checkpoint.get("so_far", ()):
+        if not isinstance(checkpoint, dict) or not {"run", "so_far"} & checkpoint.keys():
             raise ValueError("it is no last-*.ckpt")
     except Exception as error:
-        raise UserError(f"{path}: no checkpoint to go on from: {brief(error)}") from None
-    kept = ("epoch", "global_step", "training_config", "so_far", "finished")
-    return {name: checkpoint[name] for name in kept if name in checkpoint}
+        raise UserError(f"{path}: not a checkpoint to resume from: {brief(error)}") from None
+    if "run" not in checkpoint:
+        raise EarlierVersion(
+            f"{path}: an earlier version of this recipe wrote it, and this one cannot resume it;"
+            " name another --exp_dir"
+        )
+    return {name: checkpoint[name] for name in KEPT}
 
 
-def find_changes(conf: dict, surroundings: dict[str, list[str]], point: dict) -> list[str]:
-    """By what a run would not be the one that a checkpoint is from, a line each."""
-    saved = point["training_config"]
-    # What a run of an earlier version had no key for, it did as the default has it.
-    before = {**dict.fromkeys(conf, {}), **add_defaults(saved)}
+def find_changes(conf: dict, inputs: dict[str, list[str]], content: dict) -> list[str]:
+    """The settings, tracks and devices that differ from those of a checkpoint, a line each.
+
+    Args:
+        inputs: as of `describe_inputs`.
+        content: as of `load_last_checkpoint`.
+    """
+    before = {**dict.fromkeys(conf, {}), **add_defaults(content["training_config"])}
     changes = [
         f"--{key}: {before[section].get(key)} before, {value} now"
         for section, keys in conf.items()
         for key, value in keys.items()
         if key not in FREE and before[section].get(key) != value
     ]
-    for name, now in surroundings.items():
-        then = point["so_far"]["surroundings"][name]
+    for name, now in inputs.items():
+        then = content["run"]["inputs"][name]
         if then != now:
             gone = [item for item in then if item not in now]
             new = [item for item in now if item not in then]
-            changes.append(f"{name}: {_first(*gone)} before, {_first(*new)} now")
+            changes.append(f"{name}: {_list_first(*gone)} before, {_list_first(*new)} now")
     return changes
 
 
-def _first(*names: str, most: int = 3) -> str:
+def _list_first(*names: str, most: int = 3) -> str:
     shown = ", ".join(names[:most]) or "no other"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def check_point(
-    conf: dict, point: dict, trainer: pl.Trainer, train_set, valid_set, accept_changes: bool
-) -> list[str]:
-    """What has changed since a checkpoint, a line each, where the run can go on from it.
+def _refuse_changes(
+    conf: dict, content: dict, changes: list[str], code_changes: list[str], accept: bool
+) -> None:
+    before, now = add_defaults(content["training_config"]), conf
+    is_same_model = (model_name(before), model_args(before)) == (model_name(now), model_args(now))
+    if not (changes or code_changes) or (accept and is_same_model):
+        return
+    changed = "settings" if changes else "code"
+    advice = "name another --exp_dir"
+    if is_same_model:
+        advice += ", or resume with --resume_with_changes"
+    heading = f"{conf['main_args']['exp_dir']}: the run had other {changed}; {advice}:"
+    raise UserError("\n  ".join([heading, *changes, *code_changes]))
 
-    Raises:
-        UserError: it cannot. Something has changed that was not accepted, or the model has, or
-            there is no such place in the run any more.
-    """
+
+def _refuse_lost_place(conf: dict, content: dict, items: int) -> None:
+    """Raises a UserError if the place of a checkpoint is beyond the end of the run or the epoch."""
     exp_dir, epochs = conf["main_args"]["exp_dir"], conf["training"]["epochs"]
-    changes = find_changes(conf, describe_surroundings(trainer, train_set, valid_set), point)
-    code_changes = find_code_changes(point["so_far"].get("code", {}))
-    if is_finished(point, conf) and not changes:
-        return code_changes
-    odd = "settings" if changes else "code"
-    changes += code_changes
-    is_same_model = describe_network(point["training_config"]) == describe_network(conf)
-    if changes and not (accept_changes and is_same_model):
-        advice = "name another --exp_dir"
-        if is_same_model:
-            advice += ", or go on with --resume_with_changes"
-        heading = f"{exp_dir}: the run had other {odd}; {advice}:"
-        raise UserError("\n  ".join([heading, *changes]))
-    if is_finished(point, conf):
-        return changes
-    if "objects" not in point["so_far"]:
+    place = f"{exp_dir}: the run resumes in epoch {content['epoch']}"
+    if content["epoch"] >= epochs:
+        raise UserError(f"{place}, and ends before that with --epochs {epochs}; raise --epochs")
+    if content["run"]["items"] >= items:
         raise UserError(
-            f"{exp_dir}: its last-*.ckpt are of an earlier version of this recipe, and a run cannot"
-            " go on from them; name another --exp_dir"
+            f"{place} after {content['run']['items']} items, and with these settings an epoch has"
+            f" {items}; name another --exp_dir"
         )
-    place = f"{exp_dir}: the run goes on in epoch {point['epoch']}"
-    if point["epoch"] >= epochs:
-        raise UserError(f"{place}, and --epochs {epochs} has none such")
-    seen = point["so_far"]["items"]
-    if seen >= len(train_set):
-        raise UserError(
-            f"{place} after {seen} items, and with these settings it has {len(train_set)};"
-            " name another --exp_dir"
-        )
-    return changes
 
 
-def describe_network(conf: dict) -> tuple[str, dict]:
-    return model_name(conf), model_args(conf)
-
-
-def is_finished(point: dict, conf: dict) -> bool:
+def is_finished(content: dict, conf: dict) -> bool:
     """Whether a run has nothing left to do."""
-    end, training = point.get("finished"), conf["training"]
+    end, training = content["run"].get("finished"), conf["training"]
     return bool(end) and (
         (end["early"] and training["early_stop"])
         or training["epochs"] <= end["epochs"]
-        or 0 < training["max_steps"] <= point["global_step"]
+        or 0 < training["max_steps"] <= content["global_step"]
     )
-
-
-def record_changes(exp_dir: Path, changes: list[str], point: dict) -> None:
-    """Adds to EXP/changes.yml what was changed, and from which epoch and step on."""
-    path = exp_dir / "changes.yml"
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    place = {"epoch": point["epoch"], "step": point["global_step"]}
-    added = yaml.safe_dump([{**place, "changes": changes}], allow_unicode=True, sort_keys=False)
-    if not before.endswith(added):  # by a run that was killed before it had a checkpoint of its own
-        with atomic_path(path) as temporary:
-            temporary.write_text(before + added, encoding="utf-8")

@@ -1,0 +1,29 @@
+"""What a run does beside training and validation: a callback for each task."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from local.train.checkpoints import LastCheckpoints, RandomStates
+from local.train.devices import EndOtherRanks
+from local.train.display import Forecast, ProgressBar
+from local.train.epochs import EpochStatistics, FreeCachedMemory, SkippedSteps, StopAtMaxSteps
+from local.train.interrupts import Interrupts
+
+
+def make_run_callbacks(conf: dict) -> list[pl.Callback]:
+    """The callbacks that keep a run alive, keep its records and show it."""
+    training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
+    interrupts = Interrupts()
+    return [
+        EndOtherRanks(),
+        interrupts,
+        ProgressBar(),
+        Forecast(),
+        StopAtMaxSteps(training["max_steps"]),
+        SkippedSteps(training["max_skipped_steps"]),
+        EpochStatistics(),
+        FreeCachedMemory(),
+        RandomStates(),
+        LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts),
+    ]

@@ -1,0 +1,92 @@
+"""The first screen of a run: the model, the data and the objects as they were made."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from local.fast.equal import choose_fast, describe_fast
+from local.fast.recompute import find_recomputed
+from local.musdb18_dataset import SegmentDataset, TrackDataset
+from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import UserError, plural
+from local.train.loaders import count_batches
+from local.train.preflight import describe_versions
+from local.train.recipe import describe_object, describe_optimizer, list_schedules
+from local.train.run_folder import describe_disk
+
+
+def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) -> str:
+    """What will be trained on what.
+
+    Args:
+        resumed: as of `resume.find_resumed`.
+
+    Raises:
+        UserError: `--fast yes`, and the fast formulas differ from the model.
+    """
+    conf = system.config
+    training, data = conf["training"], conf["data"]
+    train_set, valid_set = system.train_loader.dataset, system.val_loader.dataset
+    exp_dir = Path(conf["main_args"]["exp_dir"])
+    batches = count_batches(conf, len(train_set), trainer.world_size)
+    parameters = sum(parameter.numel() for parameter in system.model.parameters())
+    stopper = trainer.early_stopping_callback
+    early = f", or {describe_object(stopper)}" if stopper else ""
+    how = "whole" if training["valid_method"] == "full" else f"by {training['valid_method']}"
+    rows = {
+        "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
+        f" {data['sample_rate']} Hz",
+        "runs as": _describe_forward(system.model, training),
+        "training": f"{_describe_tracks(train_set)}, in random segments of {data['segment']} s",
+        "validation": f"{_describe_tracks(valid_set)}, {how}",
+        "data": data["root"],
+        "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
+        f" {training['batch_size']} per device,"
+        f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
+        "end": f"after {plural(training['epochs'], 'epoch')}{early}",
+        "loss": describe_object(system.loss_func),
+        "optimizer": f"{describe_optimizer(system.optimizer)}; seed {training['seed']}",
+        "schedule": ", ".join(map(describe_object, list_schedules(system))) or "none",
+        "devices": f"{_describe_devices(trainer)}, precision {training['precision']},"
+        f" memory {training['memory']}, compile {training['compile']}",
+        "versions": describe_versions(),
+        "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
+    }
+    lines = [f"{name:<11}{text}" for name, text in rows.items()]
+    return "\n".join(lines + ([resumed.describe(conf, trainer)] if resumed else []))
+
+
+def describe_model(model: torch.nn.Module) -> str:
+    name = type(model).__name__
+    if not isinstance(model, ConvTasNetStereo):
+        return name
+    return f"{name}, {'causal' if model.causal else 'non-causal'}, {model.norm_type}"
+
+
+def _describe_forward(model: torch.nn.Module, training: dict) -> str:
+    try:
+        text = describe_fast(model, training["fast"], training=True)
+    except ValueError as error:
+        raise UserError(f"--fast {training['fast']}: {error}") from None
+    if choose_fast(model, training["fast"], training=True):
+        return text
+    note = find_recomputed(model, training["memory"])[1]
+    return f"{text}; {note}" if note else text
+
+
+def _describe_tracks(dataset: SegmentDataset | TrackDataset) -> str:
+    minutes = sum(track.seconds for track in dataset.tracks) / 60
+    duration = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"{plural(len(dataset.tracks), 'track')} ({duration})"
+
+
+def _describe_devices(trainer: pl.Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"CPU ({torch.get_num_threads()} threads)"
+    else:
+        name = device.type
+    return f"{trainer.world_size} x {name}"
