@@ -370,7 +370,7 @@ def test_out_of_memory_in_training_names_the_flags(
 def test_out_of_memory_in_validation_names_its_flag(corpus, tmp_path, error_of, failing_step):
     failing_step(torch.OutOfMemoryError("CUDA out of memory. Tried"), in_training=False)
     error = error_of(train.main, "--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN)
-    assert "out of memory in validation; leave the longest tracks out, with --valid_track" in error
+    assert "out of memory in validation; omit the longest tracks, with --valid_track" in error
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(corpus, tmp_path, failing_step):

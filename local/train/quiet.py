@@ -16,7 +16,7 @@ WARNINGS = (
 
 def quieten_lightning() -> None:
     """Hides Lightning's advertisements, advice and deprecations, and the error of the thread that
-    writes for TensorBoard, which its logger raises as well. To be called before Lightning is imported.
+    writes for TensorBoard, which its logger raises as well. Call it before Lightning is imported.
     """
     threading.excepthook = _show_thread_error
     handler = logging.StreamHandler()  # Lightning adds one of its own only where there is none
