@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 import local.train.recipe
 import local.train.resume
 import train
-from local.checkpoint import load_weights_only
 from local.system import MusicSystem
+from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.recipe import (
     VERSIONS,

@@ -10,9 +10,10 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from local.checkpoint import load_model, save_atomically, save_best_model
+from local.checkpoint import load_model, save_best_model
 from local.config import read_interval
 from local.tools.files import atomic_path
+from local.tools.weights import save_atomically
 from local.train.interrupts import Interrupted, Interrupts
 from local.train.recipe import describe_code, describe_objects, describe_surroundings
 

@@ -13,11 +13,11 @@ import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.checkpoint import load_weights_only
 from local.config import FREE, add_defaults
 from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief
 from local.tools.files import atomic_path
+from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.recipe import describe_surroundings, find_code_changes
 
