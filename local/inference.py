@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +19,13 @@ Progress = Callable[[int], object]
 @torch.no_grad()
 def separate(
     model: nn.Module,
-    mixture: Tensor,
+    mixture: Tensor | np.ndarray,
     method: str = "overlap-add",
     segment: float = SEGMENT,
     overlap: float = OVERLAP,
     progress: Progress | None = None,
     fast: str = "auto",
-) -> Tensor:
+) -> Tensor | np.ndarray:
     """Separates a song.
 
     - "overlap-add": window by window with crossfades, as the challenge's baseline does.
@@ -46,13 +47,17 @@ def separate(
 
     Shape:
         - mixture: (audio_channels, T)
-        - estimates: (C, audio_channels, T), where the mixture is and of its dtype
+        - estimates: (C, audio_channels, T), on the device of the mixture and of its dtype; an
+          array for an array
 
     Raises:
         ValueError: the mixture, the method, the segment or the overlap cannot be, or the model
             cannot be streamed, is not equal to the fast formulas with fast="yes", or gives another
             shape.
     """
+    if isinstance(mixture, np.ndarray):
+        tensor = torch.from_numpy(np.require(mixture, requirements=["C", "W"]))
+        return separate(model, tensor, method, segment, overlap, progress, fast).numpy()
     if mixture.dim() != 2 or len(mixture) != model.audio_channels:
         raise ValueError(f"expected ({model.audio_channels}, time), got {tuple(mixture.shape)}")
     check_samples(mixture)

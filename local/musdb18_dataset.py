@@ -5,6 +5,8 @@ networks through data augmentation and network blending" (ICASSP 2017): stems of
 random gains, random swaps of the channels.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Sequence
 
@@ -41,7 +43,8 @@ class SegmentDataset(Dataset):
     """Random segments: every stem of an item comes from a track of its own.
 
     An item is a pure function of (seed, epoch, index), so it is the same for any number of
-    workers, on any rank and after a resume. A DataLoader needs collate_fn=keep_batch.
+    workers, on any rank and after a resume. Indexed by (epoch, index), or by an index alone, which
+    is one of epoch 0. A DataLoader is fastest with collate_fn=keep_batch.
 
     Args:
         tracks: the training tracks.
@@ -76,32 +79,30 @@ class SegmentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tracks) * self.samples_per_track
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
         """The item at (epoch, index).
 
         Shape:
             - mixture: (2, length), the sum of the targets
             - targets: (targets, 2, length)
         """
-        mixtures, targets = self.__getitems__([position])
-        return mixtures[0], targets[0]
+        (item,) = self.__getitems__([position])
+        return item
 
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """The batch of the items at M positions (epoch, index), as a DataLoader asks for it.
-
-        Shape:
-            - mixtures: (M, 2, length), the sums of the targets
-            - targets: (M, targets, 2, length)
-        """
+    def __getitems__(self, positions: Sequence[tuple[int, int] | int]) -> SegmentBatch:
+        """The items at M positions, as a DataLoader asks for a batch."""
         mixtures, targets = _allocate(self.mix_background, self.length, len(positions))
         if get_worker_info() is not None:
             # A batch leaves a worker through shared memory: moved there empty, it is written once.
             mixtures.share_memory_()
             targets.share_memory_()
-        for (epoch, index), *item in zip(positions, mixtures, targets, strict=True):
-            rng = np.random.default_rng((self.seed, epoch, index))
+        batch = SegmentBatch(mixtures, targets)
+        for position, item in zip(positions, batch, strict=True):
+            if not isinstance(position, tuple):
+                position = 0, range(len(self))[position]  # an IndexError ends a for loop
+            rng = np.random.default_rng((self.seed, *position))
             mix_targets((self._draw_stem(source, rng) for source in SOURCES), *item)
-        return mixtures, targets
+        return batch
 
     def _draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
         number = rng.integers(len(self.tracks))
@@ -114,9 +115,22 @@ class SegmentDataset(Dataset):
         return (samples[::-1] if swap else samples), gain * unit
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The collate function for SegmentDataset, which makes whole batches itself."""
-    return batch
+class SegmentBatch(list):
+    """M items (mixture, targets), as a collate function takes them: views of two tensors.
+
+    Shape:
+        - mixtures: (M, 2, length), the sums of the targets
+        - targets: (M, targets, 2, length)
+    """
+
+    def __init__(self, mixtures: Tensor, targets: Tensor):
+        super().__init__(zip(mixtures, targets, strict=True))
+        self.mixtures, self.targets = mixtures, targets
+
+
+def keep_batch(batch: SegmentBatch) -> tuple[Tensor, Tensor]:
+    """The collate function for SegmentDataset: (mixtures, targets) without a copy."""
+    return batch.mixtures, batch.targets
 
 
 class TrackDataset(Dataset):

@@ -142,7 +142,7 @@ def _find_pcm16(file: BinaryIO, rate: int) -> int:
 
 
 def find_tracks(
-    root: Path, split: str, rate: int, suffix: str = "wav", sources: Sequence[str] = SOURCES
+    root: Path | str, split: str, rate: int, suffix: str = "wav", sources: Sequence[str] = SOURCES
 ) -> list[Track]:
     """The tracks of ROOT/`split`, sorted by name, after a look at the header of every file.
 
@@ -156,6 +156,7 @@ def find_tracks(
     Raises:
         DatasetError: the layout is not that of MUSDB18-HQ; or lists what is wrong with the files.
     """
+    root = Path(root)
     folder = root / split
     if not root.is_dir():
         raise DatasetError(f"--root: no such folder: {root}")
@@ -246,7 +247,7 @@ def raise_dataset_faults(root: Path, faults: list[str]) -> None:
 
 
 def split_validation(
-    tracks: list[Track], valid_tracks: Path | None = None
+    tracks: list[Track], valid_tracks: Path | str | None = None
 ) -> tuple[list[Track], list[Track]]:
     """(training, validation) tracks: the validation tracks are musdb's, or those in a file.
 
@@ -260,7 +261,7 @@ def split_validation(
     names = VALIDATION_TRACKS
     if valid_tracks is not None:
         try:
-            lines = valid_tracks.read_text(encoding="utf-8").splitlines()
+            lines = Path(valid_tracks).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"--valid_tracks: cannot be read: {error}") from None
         names = [line.strip() for line in lines if line.strip()]

@@ -3,7 +3,7 @@
 The architecture of Luo & Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude
 Masking for Speech Separation" (IEEE/ACM TASLP 2019), in the stereo form of Demucs v1 (Défossez et
 al. 2019, itself after Kaituo Xu's implementation). Parameter names and their nesting are a contract
-with the published Cadenza weights: `ConvTasNetStereo.from_pretrained` loads those strictly.
+with the published Cadenza weights, which `ConvTasNetStereo.load` reads.
 
 Letters in shapes: M batch, T samples, K frames, N basis signals, B bottleneck channels, H hidden
 channels, C sources.
@@ -13,15 +13,17 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+
+from local.tools.arguments import find_wrong_choices, find_wrong_sizes
+from local.tools.weights import HubModel
 
 EPS = 1e-8
 NORM_TYPES = ("gLN", "cLN", "BN", "id")
 MASKS = ("relu", "softmax")
 
 
-class ConvTasNetStereo(nn.Module, PyTorchModelHubMixin):
+class ConvTasNetStereo(nn.Module, HubModel):
     """Splits a mixture into sources by masking a learned representation of its frames.
 
     Args:
@@ -61,17 +63,26 @@ class ConvTasNetStereo(nn.Module, PyTorchModelHubMixin):
         mask_nonlinear: str = "relu",
     ):
         super().__init__()
-        sizes = dict(N=N, L=L, B=B, H=H, P=P, X=X, R=R, C=C)
-        sizes |= dict(audio_channels=audio_channels, samplerate=samplerate)
-        _check_arguments(sizes, norm_type, causal, mask_nonlinear)
+        faults = find_wrong_sizes(N=N, B=B, H=H, P=P, X=X, R=R, C=C)
+        faults += find_wrong_sizes(least=2, L=L)
+        faults += find_wrong_sizes(audio_channels=audio_channels, samplerate=samplerate)
+        faults += find_wrong_choices(NORM_TYPES, norm_type=norm_type)
+        faults += find_wrong_choices(MASKS, mask_nonlinear=mask_nonlinear)
+        faults += find_wrong_choices((True, False), causal=causal)
+        if not causal and isinstance(P, int) and P % 2 == 0:
+            faults.append(f"P must be odd unless the model is causal, got {P}")
+        if faults:
+            raise ValueError("; ".join(faults))
         if causal and norm_type == "gLN":
             warnings.warn(
                 "causal with norm_type gLN: gLN normalises over the whole input, so the outputs"
                 " depend on the future; cLN keeps the model causal",
                 stacklevel=2,
             )
-        self.C, self.audio_channels, self.samplerate = C, audio_channels, samplerate
-        self.causal, self.norm_type = causal, norm_type
+        self.N, self.L, self.B, self.H = N, L, B, H
+        self.P, self.X, self.R, self.C = P, X, R, C
+        self.audio_channels, self.samplerate = audio_channels, samplerate
+        self.norm_type, self.causal, self.mask_nonlinear = norm_type, causal, mask_nonlinear
         self.encoder = Encoder(L, N, audio_channels)
         self.separator = TemporalConvNet(N, B, H, P, X, R, C, norm_type, causal, mask_nonlinear)
         self.decoder = Decoder(N, L, audio_channels)
@@ -101,15 +112,14 @@ class ConvTasNetStereo(nn.Module, PyTorchModelHubMixin):
         estimates = self.decoder(weights, masks)
         return F.pad(estimates, (0, time - estimates.shape[-1]))
 
+    def valid_length(self, length: int) -> int:
+        """The input length to use for `length` samples: as published, the same."""
+        return length
+
     @property
     def block_class(self) -> type[nn.Module]:
-        """What `--memory` computes again in the backward pass: see local/recompute.py."""
+        """What `--memory some` recomputes in the backward pass: see local/fast/recompute.py."""
         return TemporalBlock
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
-        # The mixin's own default lets a folder with other weights pass for this model.
-        return super()._from_pretrained(strict=strict, **kwargs)
 
 
 class Encoder(nn.Module):
@@ -130,26 +140,14 @@ class Encoder(nn.Module):
 
 
 class TemporalConvNet(nn.Module):
-    """Weights to one mask per source (paper, section II-C, figure 1B).
+    """Weights to one mask per source (paper, section II-C, figure 1B); arguments as above.
 
     Shape:
         - weights: (M, N, K)
         - masks: (M, C, N, K)
     """
 
-    def __init__(
-        self,
-        N: int,
-        B: int,
-        H: int,
-        P: int,
-        X: int,
-        R: int,
-        C: int,
-        norm_type: str,
-        causal: bool,
-        mask_nonlinear: str,
-    ):
+    def __init__(self, N, B, H, P, X, R, C, norm_type, causal, mask_nonlinear):
         super().__init__()
         self.C, self.mask_nonlinear = C, mask_nonlinear
         repeats = [
@@ -200,15 +198,8 @@ class DepthwiseSeparableConv(nn.Module):
     def __init__(self, H: int, B: int, P: int, dilation: int, norm_type: str, causal: bool):
         super().__init__()
         reach = (P - 1) * dilation
-        depthwise = nn.Conv1d(
-            H,
-            H,
-            P,
-            padding=reach if causal else reach // 2,
-            dilation=dilation,
-            groups=H,
-            bias=False,
-        )
+        padding = reach if causal else reach // 2
+        depthwise = nn.Conv1d(H, H, P, padding=padding, dilation=dilation, groups=H, bias=False)
         # The chomp takes an index in the published models, so causal and non-causal names differ.
         chomp = [Chomp(reach)] if causal else []
         self.net = nn.Sequential(
@@ -306,22 +297,3 @@ def make_norm(norm_type: str, channels: int) -> nn.Module:
         "id": nn.Identity,
     }
     return norms[norm_type](channels)
-
-
-def _check_arguments(sizes: dict, norm_type: str, causal: bool, mask_nonlinear: str) -> None:
-    faults = [
-        f"{name} must be a whole number of at least {least}, got {size!r}"
-        for name, size in sizes.items()
-        for least in [2 if name == "L" else 1]
-        if not isinstance(size, int) or isinstance(size, bool) or size < least
-    ]
-    if norm_type not in NORM_TYPES:
-        faults.append(f"norm_type must be one of {', '.join(NORM_TYPES)}, got {norm_type!r}")
-    if mask_nonlinear not in MASKS:
-        faults.append(f"mask_nonlinear must be one of {', '.join(MASKS)}, got {mask_nonlinear!r}")
-    if not isinstance(causal, bool):
-        faults.append(f"causal must be true or false, got {causal!r}")
-    elif not causal and isinstance(sizes["P"], int) and sizes["P"] % 2 == 0:
-        faults.append(f"P must be odd unless the model is causal, got {sizes['P']}")
-    if faults:
-        raise ValueError("; ".join(faults))

@@ -35,7 +35,7 @@ import textbook
 
 from local.fast.choose import find_compiler_fault
 from local.fast.rows import tile_size
-from local.fast.training import TrainingForward, multiply_as_convolutions_do
+from local.fast.training import TrainingForward, allow_tf32_products
 from local.inference import separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
@@ -565,7 +565,7 @@ def step_rows(cases: list[Training], steps: list[Step], args: argparse.Namespace
 
 
 def measure_step(case: Training, step: Step) -> dict:
-    multiply_as_convolutions_do()
+    allow_tf32_products()
     model, mixture, targets = case.load_batch()
     take = choose_step(case, model, step)
     rate_before = matrix_rate(case, PRECISIONS[step.precision])

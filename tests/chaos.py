@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from local import checkpoint
+from local.tools import weights
 
 EVENTS = ("step", "rename", "renamed", "write", "open", "remove")
 
@@ -52,7 +52,7 @@ class Killer:
             return TornFile(file, self) if mode == "wb" else file
 
         torch.optim.Adam.step, os.replace = step_and_note, replace_and_note
-        checkpoint.open = open_to_tear
+        weights.open = open_to_tear
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, args: tuple) -> None:

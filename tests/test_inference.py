@@ -1,6 +1,8 @@
 import itertools
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -212,6 +214,25 @@ def test_the_result_stays_with_the_mixture_and_keeps_no_graph(method):
     estimates = separate(model, torch.randn(2, 2500).double(), method, 1.0)
     assert estimates.dtype == torch.float64
     assert not estimates.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_array_gives_an_array(method):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    songs = np.random.default_rng(0).standard_normal((2500, 2)).astype(np.float32)
+    read_only = songs.copy()
+    read_only.flags.writeable = False
+    for song in (songs.T, songs[::-1, ::-1].T, read_only.T, songs.T.astype(np.float64)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            estimates = separate(model, song, method, 1.0)
+        assert isinstance(estimates, np.ndarray) and estimates.dtype == song.dtype
+        expected = separate(model, torch.tensor(song.copy()), method, 1.0)
+        np.testing.assert_array_equal(estimates, expected.numpy())
+    with pytest.raises(ValueError, match=r"expected \(2, time\), got \(2500, 2\)"):
+        separate(model, songs, method)
+    with pytest.raises(ValueError, match="floating-point"):
+        separate(model, songs.T.astype(np.int16), method)
 
 
 @pytest.mark.parametrize("method", METHODS)

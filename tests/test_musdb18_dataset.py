@@ -202,10 +202,11 @@ def test_validation_tracks_are_never_trained_on(tracks):
     assert {track.name for track in training} == set(TRAIN_NAMES) - {"Leaf - Summerghost"}
 
 
-def test_validation_tracks_from_a_file(tracks, tmp_path):
+@pytest.mark.parametrize("kind", [Path, str])
+def test_validation_tracks_from_a_file(tracks, tmp_path, kind):
     names = tmp_path / "valid.txt"
     names.write_text(f"{TRAIN_NAMES[1]}\n\n  {TRAIN_NAMES[0]}\n", encoding="utf-8")
-    training, validation = split_validation(tracks, names)
+    training, validation = split_validation(tracks, kind(names))
     assert {track.name for track in validation} == set(TRAIN_NAMES[:2])
     assert {track.name for track in training} == set(TRAIN_NAMES[2:])
 
@@ -574,13 +575,31 @@ def test_batches_are_the_stacked_items_bit_for_bit(tracks, workers, mix_backgrou
 
 
 def are_shared(batch) -> list[bool]:
-    return [tensor.is_shared() for tensor in batch]
+    return [tensor.is_shared() for tensor in keep_batch(batch)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_made_in_shared_memory_by_workers_only(segments, workers):
     """Asked before a batch leaves the worker, which moves it to shared memory at the latest."""
     assert load_batches(segments, workers, are_shared) == [[workers > 0] * 2] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_notebook_needs_no_sampler_and_no_collate_function(corpus, workers):
+    """Strings for paths, torch's defaults for the loader, and indices, which are of epoch 0."""
+    dataset = SegmentDataset(find_tracks(str(corpus), "train", RATE), LENGTH, 2)
+    expected = [dataset[0, index][1] for index in range(8)]
+    assert torch.equal(dataset[0][1], expected[0])
+    assert torch.equal(dataset[-1][1], expected[7])
+    assert [len(mixture) for mixture, _ in dataset] == [2] * 8  # the loop ends
+    with pytest.raises(IndexError):
+        dataset[8]
+    found = []
+    for mixtures, targets in DataLoader(dataset, 3, shuffle=True, num_workers=workers):
+        assert torch.equal(mixtures, targets.sum(1))
+        found += targets
+    order = [[torch.equal(x, y) for y in expected].index(True) for x in found]
+    assert sorted(order) == list(range(8))
 
 
 def loaded_epochs(dataset, workers: int, context=None) -> list[torch.Tensor]:
@@ -633,7 +652,7 @@ def test_ranks_share_an_epoch(items, ranks, epoch):
     with pytest.MonkeyPatch.context() as patch:
         shares, valid = [], []
         for rank in range(ranks):
-            patch.setattr("local.musdb18_dataset._rank_and_ranks", lambda r=rank: (r, ranks))
+            patch.setattr("local.train.loaders._rank_and_ranks", lambda r=rank: (r, ranks))
             sampler = EpochSampler(items, seed=1)
             sampler.set_epoch(epoch)
             shares.append(list(sampler))

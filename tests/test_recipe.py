@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 import local.train.checkpoints
 import local.train.recipe
 import train
-from local.checkpoint import load_weights_only
 from local.config import KEYS, OPTIONS, parse_conf, read_conf
 from local.system import MusicSystem
+from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.recipe import (
     VERSIONS,

@@ -22,11 +22,11 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 import train
-from local.checkpoint import load_weights_only
 from local.config import OPTIONS, parse_conf
 from local.musdb18_dataset import SegmentDataset
 from local.system import MusicSystem
 from local.tools.command_line import UserError
+from local.tools.weights import load_weights_only
 from local.train.checkpoints import BestCheckpoints, LastCheckpoints, list_last
 from local.train.loaders import EpochSampler
 from local.train.resume import find_changes, load_last_checkpoint, load_newest

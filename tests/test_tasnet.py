@@ -140,7 +140,7 @@ def test_a_wrong_shape_is_named(shape):
         ({"C": True}, "C must be"),
         ({"audio_channels": 0}, "audio_channels must be"),
         ({"samplerate": 0}, "samplerate must be"),
-        ({"causal": "yes"}, "causal must be true or false"),
+        ({"causal": "yes"}, "causal must be one of True, False"),
     ],
 )
 def test_an_argument_that_cannot_be_is_named(changes, words):
@@ -202,3 +202,66 @@ def test_a_folder_with_other_weights_is_refused(tmp_path):
     folder = write_hub_folder(tmp_path, SMALL, state)
     with pytest.raises(RuntimeError, match="basis_signals"):
         ConvTasNetStereo.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "serialized"])
+def test_load_reads_what_was_saved(kind, tmp_path):
+    model = small_model(causal=True, norm_type="BN", mask_nonlinear="softmax", P=4)
+    source = tmp_path / "best_model.pth"
+    if kind == "folder":
+        model.save_pretrained(source := tmp_path / "folder")
+    elif kind == "file":
+        conf = {**SMALL, "causal": True, "norm_type": "BN", "mask_nonlinear": "softmax", "P": 4}
+        content = {"model_args": conf, "state_dict": model.state_dict()}
+        torch.save(content, source)
+    else:
+        torch.save(model.serialize(), source)
+    loaded = ConvTasNetStereo.load(source)
+    mixture = torch.randn(1, 2, 300)
+    assert torch.equal(loaded(mixture), model(mixture))
+    assert not loaded.training
+    assert type(ConvTasNetStereo.load(str(source))) is ConvTasNetStereo
+
+
+def test_serialize_gives_plain_data_and_every_argument(tmp_path):
+    content = small_model(norm_type="id").serialize()
+    torch.save(content, tmp_path / "model.pth")
+    assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == content.keys()
+    assert content["model_name"] == "ConvTasNetStereo"
+    given = {**SMALL, "norm_type": "id", "causal": False, "mask_nonlinear": "relu"}
+    assert content["model_args"] == given
+    assert "torch" in content["infos"]["software_versions"]
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("no/such/file.pth", "no such file or folder: no/such/file.pth"),
+        ("exp/best_model.pth", "no such file or folder: exp/best_model.pth"),
+        ("nobody/NoSuchModel", "nobody/NoSuchModel: .*from the hub"),
+        ("empty", "empty: not a usable folder"),
+        ("text.pth", "text.pth: damaged"),
+        ("other.pth", "other.pth: holds a DPTNet"),
+        ("published.pth", "published.pth: holds no model_args.*load_model"),
+        ("short.pth", "short.pth: another model"),
+        ("nan.pth", "nan.pth: .*NaN"),
+    ],
+)
+def test_load_says_what_is_no_model(source, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("text")
+    content = small_model().serialize()
+    torch.save({**content, "model_name": "DPTNet"}, "other.pth")
+    torch.save({"state_dict": content["state_dict"]}, "published.pth")
+    torch.save({**content, "state_dict": {}}, "short.pth")
+    state = {name: tensor * torch.nan for name, tensor in content["state_dict"].items()}
+    torch.save({**content, "state_dict": state}, "nan.pth")
+    with pytest.raises(ValueError, match=words) as error:
+        ConvTasNetStereo.load(source)
+    assert "\n" not in str(error.value)
+
+
+def test_every_length_is_valid():
+    assert small_model().valid_length(12345) == 12345

@@ -30,9 +30,10 @@ from conftest import (
 )
 
 import train
-from local.checkpoint import load_model, save_atomically
+from local.checkpoint import load_model
 from local.config import parse_conf
 from local.system import MusicSystem
+from local.tools.weights import save_atomically
 from local.train.loggers import make_loggers
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from local.fast.equal import choose_fast
 from local.fast.recompute import RecomputingForward
-from local.fast.training import TrainingForward, multiply_as_convolutions_do
+from local.fast.training import TrainingForward, allow_tf32_products
 
 
 def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tuple[Callable, str]:
@@ -27,7 +27,7 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
             compiled = False
     if is_fast:
         if device.type == "cuda":
-            multiply_as_convolutions_do()
+            allow_tf32_products()
         return TrainingForward(model, memory, compiled), note
     if compiled:
         model.compile()

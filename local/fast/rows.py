@@ -41,7 +41,7 @@ def decode(model: tasnet.ConvTasNetStereo, weights: Tensor, residual: Tensor) ->
     softmax = model.separator.mask_nonlinear == "softmax"
     masks = scores.softmax(-2) if softmax else scores.relu_()
     signals = F.linear(weights.unsqueeze(-2) * masks, model.decoder.basis_signals.weight)
-    signals = wide(signals).unflatten(-1, (model.audio_channels, model.decoder.length))
+    signals = upcast(signals).unflatten(-1, (model.audio_channels, model.decoder.length))
     return tasnet.overlap_and_add(signals.movedim(-4, -2), model.decoder.hop)
 
 
@@ -51,7 +51,7 @@ def product_dtype(like: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
-def wide(rows: Tensor) -> Tensor:
+def upcast(rows: Tensor) -> Tensor:
     """In float32 at least: autocast's products come out shorter."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 

@@ -16,11 +16,12 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from local.checkpoint import load_model, save_atomically, save_best_model
+from local.checkpoint import load_model, save_best_model
 from local.config import read_interval
 from local.tools.files import atomic_path
 from local.tools.private import rewind_loops, set_finished_batches
 from local.tools.random_states import get_random_states, set_random_states
+from local.tools.weights import save_atomically
 from local.train.interrupts import Interrupted, Interrupts
 from local.train.loaders import count_batches
 from local.train.ranks import gather_from_ranks

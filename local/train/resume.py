@@ -7,10 +7,10 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.checkpoint import load_weights_only
 from local.config import FREE, add_defaults
 from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief, plural
+from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.loaders import count_batches
 from local.train.recipe import describe_inputs, find_code_changes
