@@ -11,8 +11,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import musdb
-import museval
 import numpy as np
 import psutil
 import pytest
@@ -35,6 +33,8 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 import eval as evaluation
 import train
 from local.checkpoint import load_model
+from local.estimates import save_estimates
+from local.eval.out import make_out
 from local.eval.tracks import PackedTrack
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -74,6 +74,9 @@ def test_everything_promised_is_written(results):
 
 
 def test_scores_are_those_of_museval_on_the_saved_audio_of_the_model(results, corpus, tmp_path):
+    import musdb
+    import museval
+
     out, _ = results
     model = load_model(out.parent / "best_model.pth")
     for track in musdb.DB(root=str(corpus), is_wav=True, subsets="test"):
@@ -91,6 +94,8 @@ def test_scores_are_those_of_museval_on_the_saved_audio_of_the_model(results, co
 
 
 def test_the_folder_is_one_that_museval_reads(results):
+    import museval
+
     out, _ = results
     store = museval.EvalStore()
     store.add_eval_dir(str(out))
@@ -233,7 +238,7 @@ def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, ca
     (copy / second / "vocals.wav").unlink()
     evaluate("--exp_dir", out.parent, "--out_dir", copy)
     printed = capsys.readouterr().out
-    assert f"1 track to score again, nothing says what made its scores: {first}\n" in printed
+    assert f"1 track to score again, no record of what made its scores: {first}\n" in printed
     assert f"1 track to score again, not saved as PCM_16: {second}\n" in printed
     assert contents(copy) == contents(out)
 
@@ -274,10 +279,10 @@ def test_a_run_that_ends_after_its_audio_leaves_no_older_scores_to_it(
         raise Killed
 
     out, _ = results
-    copy, save = shutil.copytree(out, tmp_path / "out"), evaluation.save_estimates
+    copy, save = shutil.copytree(out, tmp_path / "out"), save_estimates
     flags = ["--exp_dir", out.parent, "--out_dir", copy]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(evaluation, "save_estimates", save_and_end)
+        patch.setattr("local.estimates.save_estimates", save_and_end)
         evaluate(*flags, "--method", "full")
     assert len(list(copy.glob("test/*.json"))) == 1
     evaluate(*flags)
@@ -411,7 +416,7 @@ def test_what_a_dead_rank_leaves_is_scored_by_the_next_run(
     kill(second)
     printed, _ = first.communicate(timeout=300)
     assert first.returncode == 2
-    assert "a process of this run was lost; the same command goes on where it ended" in printed
+    assert "run the same command again to resume" in printed
     assert "Traceback" not in printed
     assert not (out / "results.txt").exists()
     kept = list(out.glob("test/*.json"))
@@ -456,11 +461,11 @@ def test_a_file_that_goes_during_the_run_is_named(
 ):
     def spoil_and_separate(model, mixture, *settings):
         path.unlink() if left is None else os.truncate(path, left)
-        monkeypatch.setattr(evaluation, "separate", separate)
+        monkeypatch.setattr("local.inference.separate", separate)
         return separate(model, mixture, *settings)
 
     path = own_corpus / "test" / TEST_NAMES[1] / file
-    monkeypatch.setattr(evaluation, "separate", spoil_and_separate)
+    monkeypatch.setattr("local.inference.separate", spoil_and_separate)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus)
     assert exit_.value.code == 1
@@ -477,7 +482,7 @@ def test_an_estimate_that_is_not_finite_stops_its_track(experiment, tmp_path, ca
         return sources
 
     spoilt = iter([float("nan"), float("inf")])
-    monkeypatch.setattr(evaluation, "separate", separate_badly)
+    monkeypatch.setattr("local.inference.separate", separate_badly)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
     assert exit_.value.code == 1
@@ -498,7 +503,7 @@ def test_scores_of_other_tracks_are_not_mixed_with_these(
     error = error_of(evaluation.main, *flags)
     assert "2 faults" in error
     assert "holds scores of another test set" in error
-    assert "a track called results.txt would replace" in error
+    assert "--root: a track called results.txt " in error
     assert write_times(tmp_path / "out") == before
 
 
@@ -530,7 +535,7 @@ def test_several_bad_arguments_are_reported_together(experiment, error_of, monke
     monkeypatch.setenv("PATH", "")
     flags = ["--out_dir", "x", "--use_gpu", 1, "--n_save_ex", -5, "--overlap", -1]
     error = error_of(evaluation.main, "--exp_dir", experiment, *flags)
-    for words in ("4 faults", "--use_gpu 1: torch sees no GPU", "--n_save_ex", "install ffmpeg"):
+    for words in ("4 faults", "--use_gpu 1: ", "--n_save_ex", "install ffmpeg"):
         assert words in error
 
 
@@ -624,13 +629,13 @@ def test_a_reader_that_has_gone(results, tmp_path):
 def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / name)
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert f"a track called {name} would replace" in error_of(evaluation.main, *flags)
+    assert f"--root: a track called {name} " in error_of(evaluation.main, *flags)
 
 
 def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 252))
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert f"the name of {'n' * 252} is too long" in error_of(evaluation.main, *flags)
+    assert f"--root: the name of the track {'n' * 252} is too long" in error_of(evaluation.main, *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -647,7 +652,7 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
     before = {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
     out = own_corpus / "test" / place
     flags = ["--exp_dir", experiment, "--out_dir", out, "--root", own_corpus, "--n_save_ex", 0]
-    assert f"{out} is where the test tracks are" in error_of(evaluation.main, *flags)
+    assert f"--out_dir: {out} holds the test tracks" in error_of(evaluation.main, *flags)
     assert before == {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
     assert not list(own_corpus.rglob("*.json"))
 
@@ -655,8 +660,8 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
 @pytest.mark.parametrize("place", ["", "test"])
 def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
     track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
-    with pytest.raises(UserError, match="is where the test tracks are"):
-        evaluation.prepare_out(tmp_path / place, [track])
+    with pytest.raises(UserError, match="--out_dir: .* holds the test tracks"):
+        make_out(tmp_path / place, [track])
     assert not (tmp_path / "test").exists()
 
 
@@ -664,7 +669,7 @@ def test_ctrl_c_ends_in_one_line(experiment, tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "separate", interrupt)
+    monkeypatch.setattr("local.inference.separate", interrupt)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
     assert exit_.value.code == 130

@@ -9,14 +9,14 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 from local.tools.ranks import Ranks, joined_ranks
 
-# What two ranks tell each other; the second may be told to stay away, or to leave early.
+# Two ranks exchange values; the second may not start, or leave early.
 TALK = """
 import json, sys
 from datetime import timedelta
 from local.tools import ranks
 from local.tools.command_line import clear_errors
 
-ranks.JOIN_WAIT = timedelta(seconds=int(sys.argv[1]))
+ranks.JOIN_TIMEOUT = timedelta(seconds=int(sys.argv[1]))
 with clear_errors("talk"), ranks.joined_ranks() as found:
     if sys.argv[2] == "leave" and found.rank == 1:
         sys.exit()
@@ -42,14 +42,14 @@ def start(rank: int, port: int, *args) -> subprocess.Popen:
     )
 
 
-def test_a_process_by_itself_is_all_there_is():
+def test_a_single_process_is_rank_0_of_1():
     with joined_ranks() as ranks:
         assert ranks == Ranks(rank=0, count=1)
         assert ranks.broadcast("word") == "word"
         assert ranks.gather("word") == ["word"]
 
 
-def test_ranks_hear_the_first_and_tell_it():
+def test_two_ranks_exchange_values():
     port = find_free_network_port()
     first, second = (start(rank, port, "60", "stay") for rank in (0, 1))
     printed, error = first.communicate(timeout=120)
@@ -65,9 +65,7 @@ def test_a_rank_that_is_missing_ends_the_others_in_one_line(alone):
     second = None if alone else start(1, port, "60", "leave")
     printed, error = first.communicate(timeout=120)
     assert first.returncode == 2
-    words = (
-        "not all 2 processes of this run came to " if alone else "a process of this run was lost"
-    )
+    words = "not all 2 ranks of this run connected to " if alone else "a rank of this run was lost"
     assert f"talk: error: {words}" in error
     assert "Traceback" not in error
     if second:

@@ -5,15 +5,13 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import musdb
-import museval
 import numpy as np
 import pytest
 from conftest import RATE, ROOT, make_record, run_python
 from threadpoolctl import threadpool_info
 
 from local.eval import scoring
-from local.eval.results import load_track, read_scores
+from local.eval.score_files import load_track, read_scores
 from local.eval.scoring import (
     ScoringPool,
     choose_jobs,
@@ -37,12 +35,16 @@ def make_estimates(track, seed=0) -> np.ndarray:
 
 def museval_scores(track, estimates: np.ndarray, tmp_path: Path) -> str:
     """The file that museval itself writes."""
+    import museval
+
     by_target = {target: x.T for target, x in zip(TARGETS, estimates, strict=True)}
     museval.eval_mus_track(track, by_target, output_dir=str(tmp_path))
     return (tmp_path / "test" / f"{track.name}.json").read_text()
 
 
 def test_scores_of_a_wav_tree_are_those_of_museval(corpus, tmp_path):
+    import musdb
+
     expected = musdb.DB(root=str(corpus), is_wav=True, subsets="test")
     for track, musdb_track in zip(open_test_set(corpus, RATE, "wav"), expected, strict=True):
         estimates = make_estimates(track)
@@ -52,6 +54,8 @@ def test_scores_of_a_wav_tree_are_those_of_museval(corpus, tmp_path):
 
 
 def test_scores_of_a_stem_root_are_those_of_museval(excerpts, tmp_path):
+    import musdb
+
     (expected,) = musdb.DB(root=str(excerpts), subsets="test")
     (track,) = open_test_set(excerpts, 44100, "wav")
     estimates = make_estimates(track)
@@ -72,6 +76,8 @@ def test_estimates_of_another_length_are_refused(corpus):
 
 
 def test_sdr_of_the_mixture_and_of_whole_tracks(corpus):
+    import museval
+
     track, _ = open_test_set(corpus, RATE, "wav")
     audio, estimates = read_track(track), make_estimates(track)
     _, extras = score_track(track, estimates)
