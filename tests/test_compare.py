@@ -217,7 +217,7 @@ def test_published_scores_stand_beside_the_tracks_they_share(tmp_path):
     assert differences.loc["published causal", "mean"] == pytest.approx(5.887 - 4)
     assert np.isnan(differences.loc["published causal", "mean_low"])
     text = compare([ours], tmp_path / "without", with_published=False)
-    assert "published" not in text and "--method" not in text
+    assert "published causal" not in text and "--method" not in text
     text = compare([write_run(tmp_path / "synthetic", tracks=["1"])], tmp_path / "none")
     assert "no track and target that has a published score" in text
 

@@ -635,7 +635,9 @@ def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_pat
 def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 252))
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert f"--root: the name of the track {'n' * 252} is too long" in error_of(evaluation.main, *flags)
+    assert f"--root: the name of the track {'n' * 252} is too long" in error_of(
+        evaluation.main, *flags
+    )
     assert not (tmp_path / "out").exists()
 
 
