@@ -10,18 +10,16 @@ from conftest import SHARED, needs_shared, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local.compare import (
-    FILES,
-    compare,
-    describe_paired,
-    main,
+from local.compare import FILES, compare, main
+from local.comparison.runs import (
+    find_method_notes,
     name_runs,
     order_targets,
-    paired_differences,
     read_published,
     read_runs,
 )
-from local.eval.results import METRICS
+from local.comparison.statistics import describe_paired, paired_differences
+from local.eval.score_files import METRICS
 from local.tools.command_line import UserError
 
 PUBLISHED = SHARED / "data" / "museval_scores"
@@ -62,6 +60,7 @@ frames = st.lists(st.floats(-60, 60) | st.just(np.nan), min_size=1, max_size=6)
 tracks = st.dictionaries(st.sampled_from("ABCDE"), frames, min_size=1)
 
 
+@settings(deadline=None)  # the first example imports museval
 @given(tracks)
 def test_medians_and_means_are_those_of_museval(scores):
     museval = pytest.importorskip("museval")
@@ -205,8 +204,10 @@ def test_the_published_scores_are_those_of_the_specification():
 
 def test_published_scores_stand_beside_the_tracks_they_share(tmp_path):
     ours = write_run(tmp_path / "ours", targets=("vocals", "drums"))
+    (ours / "test" / f"{HEART}.yml").write_text("made_with: {method: overlap-add}")
     text = compare([ours], tmp_path / "with")
-    assert "published, not computed here" in text
+    assert "ours: 1 track made with --method overlap-add" in text
+    assert "published, not computed here" in text and "eval.py --method full" in text
     table = pd.read_csv(tmp_path / "with" / "scores.csv").query("run != 'ours'")
     assert [tuple(row) for row in table[["run", "track", "target", "median"]].to_numpy()] == [
         ("published non-causal", HEART, "vocals", 6.948),
@@ -215,7 +216,8 @@ def test_published_scores_stand_beside_the_tracks_they_share(tmp_path):
     differences = pd.read_csv(tmp_path / "with" / "differences.csv").set_index("run")
     assert differences.loc["published causal", "mean"] == pytest.approx(5.887 - 4)
     assert np.isnan(differences.loc["published causal", "mean_low"])
-    assert "published causal" not in compare([ours], tmp_path / "without", with_published=False)
+    text = compare([ours], tmp_path / "without", with_published=False)
+    assert "published causal" not in text and "--method" not in text
     text = compare([write_run(tmp_path / "synthetic", tracks=["1"])], tmp_path / "none")
     assert "no track and target that has a published score" in text
 
@@ -265,8 +267,36 @@ def test_the_command(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted(FILES)
     text = (tmp_path / "new" / "out" / "comparison.txt").read_text(encoding="utf-8")
     assert result.stdout.startswith(text)
-    modules = "import sys, local.compare; print({'museval', 'musdb'} & set(sys.modules))"
-    assert run_python("-c", modules).stdout == "set()\n"
+
+
+def test_comparing_needs_no_torch(tmp_path):
+    words = [str(write_run(tmp_path / "run")), "--out", str(tmp_path / "out")]
+    code = f"import sys, local.compare; local.compare.main({words!r});"
+    code += "print({'torch', 'asteroid', 'museval', 'musdb'} & set(sys.modules), file=sys.stderr)"
+    result = run_python("-c", code)
+    assert (result.returncode, result.stderr) == (0, "set()\n")
+
+
+@pytest.mark.parametrize(
+    "record, is_comparable",
+    [
+        ("made_with: {method: overlap-add}", False),
+        ("made_with: {method: full}", True),
+        ("made_with: {method: stream}", True),
+        ("made_with: [", True),
+        ("", True),
+    ],
+)
+def test_only_whole_tracks_are_comparable_with_the_published_scores(
+    record, is_comparable, tmp_path
+):
+    run = write_run(tmp_path / "run")
+    assert find_method_notes({"run": run}) == []
+    (run / "test" / f"{KNOCKOUT}.yml").write_text(record)
+    notes = find_method_notes({"run": run})
+    assert (notes == []) is is_comparable
+    for note in notes:
+        assert "run: 1 track made with --method overlap-add" in note and "--method full" in note
 
 
 def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error_of):
@@ -283,10 +313,10 @@ def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error
     assert "6 faults" in error
     for fault in (
         f"{good / 'test'}: the same run as {good}",
-        f"{exp}: no museval JSON in it; name the folder that eval.py wrote, such as {exp / 'out'}",
+        f"{exp}: holds no museval JSON; name the folder that eval.py wrote, such as {exp / 'out'}",
         f"{path}: ",
         f"{tmp_path / 'gone'}: no such folder",
-        f"{tmp_path / 'empty'}: no museval JSON in it",
+        f"{tmp_path / 'empty'}: holds no museval JSON",
         f"--out: {path} is a file",
     ):
         assert f"\n  {fault}" in error
@@ -300,7 +330,7 @@ def test_tracks_that_are_there_twice(tmp_path, error_of):
     assert f"holds several runs; name the folder that eval.py wrote, such as {tmp_path}" in error
     shutil.copy(*[tmp_path / "exp/a/test" / f"{KNOCKOUT}.json{end}" for end in ("", ".gz")])
     error = error_of(main, tmp_path / "exp" / "a", "-o", tmp_path / "out")
-    assert f"1 track there twice, first test/{KNOCKOUT}.json and test/{KNOCKOUT}.json.gz" in error
+    assert f"holds 1 track twice, first test/{KNOCKOUT}.json and test/{KNOCKOUT}.json.gz" in error
     assert not (tmp_path / "out").exists()
 
 

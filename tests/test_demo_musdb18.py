@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local import demo_musdb18
-from local.demo_musdb18 import EXCERPT_NAME, RATE, add_excerpt, make_demo
+from local.demo.songs import compose, synthesise_song
+from local.demo.sounds import RATE
+from local.demo_musdb18 import EXCERPT_NAME, add_excerpt, make_demo
 from local.musdb18_tracks import SOURCES, VALIDATION_TRACKS
 from local.tools.command_line import UserError
 
@@ -37,7 +39,7 @@ def contents(tree):
 
 
 def song(seed, seconds=SECONDS):
-    return demo_musdb18.synthesise_song(np.random.default_rng(seed), seconds)
+    return synthesise_song(np.random.default_rng(seed), seconds)
 
 
 def levels(audio, seconds):
@@ -131,7 +133,7 @@ def test_a_demo_made_with_other_arguments_is_refused_and_left_alone(tree, flags,
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="no demo of this command"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds files"):
         make_demo(tmp_path)
     assert list(tmp_path.rglob("*")) == [tmp_path / "train"]
 
@@ -197,7 +199,7 @@ def test_the_voice_is_as_loud_in_the_mixture_as_in_pop_music(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_drums_strike_at_the_start_of_every_bar(seed):
     drums = song(seed, seconds=8)["drums"]
-    for start, _ in list(demo_musdb18.compose(np.random.default_rng(seed)).bars(8))[1:-1]:
+    for start, _ in list(compose(np.random.default_rng(seed)).bars(8))[1:-1]:
         at = round(start * RATE)
         before, after = drums[:, at - 1000 : at], drums[:, at : at + 1000]
         assert np.abs(after).max() > 2 * np.abs(before).max()
@@ -205,7 +207,7 @@ def test_the_drums_strike_at_the_start_of_every_bar(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bass_starts_on_the_root_of_the_first_chord(seed):
-    score = demo_musdb18.compose(np.random.default_rng(seed))
+    score = compose(np.random.default_rng(seed))
     struck = song(seed)["bass"][0, : round(0.5 * score.beat * RATE)]
     spectrum = np.abs(np.fft.rfft(struck * np.hanning(len(struck)), n=10 * RATE))
     hertz = (350 + spectrum[350:1300].argmax()) / 10
@@ -223,7 +225,7 @@ def test_the_excerpt_is_a_real_recording_whose_stems_add_up(tmp_path):
     assert np.square(error).mean() < 0.1 * np.square(tracks["mixture"]).mean()  # it is mastered
 
 
-def test_without_ffmpeg_the_excerpt_is_left_out_with_a_word(tmp_path, monkeypatch, capsys):
+def test_without_ffmpeg_the_excerpt_is_omitted_with_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_musdb18.shutil, "which", lambda program: None)
     add_excerpt(tmp_path / EXCERPT_NAME)
     assert "ffmpeg" in capsys.readouterr().err

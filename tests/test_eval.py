@@ -1,18 +1,18 @@
 import csv
+import io
 import json
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-import musdb
-import museval
 import numpy as np
 import psutil
 import pytest
@@ -24,6 +24,7 @@ from conftest import (
     TEST_NAMES,
     TINY_RUN,
     forward,
+    heed_signals,
     run_command,
     run_python,
     write_corpus,
@@ -34,7 +35,11 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 import eval as evaluation
 import train
+from local import stems
 from local.checkpoint import load_model
+from local.compare import compare
+from local.estimates import save_estimates
+from local.eval.out import make_out
 from local.eval.tracks import PackedTrack
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -74,6 +79,9 @@ def test_everything_promised_is_written(results):
 
 
 def test_scores_are_those_of_museval_on_the_saved_audio_of_the_model(results, corpus, tmp_path):
+    import musdb
+    import museval
+
     out, _ = results
     model = load_model(out.parent / "best_model.pth")
     for track in musdb.DB(root=str(corpus), is_wav=True, subsets="test"):
@@ -91,6 +99,8 @@ def test_scores_are_those_of_museval_on_the_saved_audio_of_the_model(results, co
 
 
 def test_the_folder_is_one_that_museval_reads(results):
+    import museval
+
     out, _ = results
     store = museval.EvalStore()
     store.add_eval_dir(str(out))
@@ -155,31 +165,25 @@ def test_four_stems_are_evaluated_as_vocals_and_the_sum_of_the_rest(corpus, tmp_
 
 def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path):
     """The mp4 form end to end: decoded for training, read as it is for evaluation."""
-    decoded = run_python("-m", "local.stems", excerpts, tmp_path / "wav")
-    assert decoded.returncode == 0, decoded.stderr
+    stems.main([str(excerpts), str(tmp_path / "wav")])
     (name,) = (path.name for path in (tmp_path / "wav" / "train").iterdir())
     shutil.copytree(tmp_path / "wav" / "train" / name, tmp_path / "wav" / "train" / "Leaf")
     (tmp_path / "valid.txt").write_text("Leaf")
     flags = [*TINY_RUN, "--sample_rate", 44100, "--samples_per_track", 4]
     flags += ["--valid_tracks", tmp_path / "valid.txt", "--root", tmp_path / "wav"]
-    trained = run_command("train.py", "--exp_dir", tmp_path / "run", *flags)
-    assert trained.returncode == 0, trained.stderr
+    train.main([str(word) for word in ("--exp_dir", tmp_path / "run", *flags)])
     for out, root in {"packed": excerpts, "unpacked": tmp_path / "wav"}.items():
-        result = run_command(
-            "eval.py", "--exp_dir", tmp_path / "run", "--out_dir", out, "--root", root
-        )
-        assert result.returncode == 0, result.stderr
+        evaluate("--exp_dir", tmp_path / "run", "--out_dir", out, "--root", root)
     packed, unpacked = (tmp_path / "run" / out for out in ("packed", "unpacked"))
     assert (packed / "results.txt").read_text() == (unpacked / "results.txt").read_text()
     (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
     assert sf.info(song / "vocals.wav").samplerate == 44100
-    compared = run_python("-m", "local.compare", packed, unpacked, "--out", tmp_path / "compared")
-    assert compared.returncode == 0, compared.stderr
-    (line,) = (x for x in compared.stdout.splitlines() if x.startswith("unpacked  SDR"))
+    text = compare([packed, unpacked], tmp_path / "compared")
+    (line,) = (line for line in text.splitlines() if line.startswith("unpacked  SDR"))
     assert line.split()[2:4] == ["1", "+0.00"]  # a track, and no difference
 
 
-# Going on where a run ended
+# Resuming
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -233,7 +237,7 @@ def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, ca
     (copy / second / "vocals.wav").unlink()
     evaluate("--exp_dir", out.parent, "--out_dir", copy)
     printed = capsys.readouterr().out
-    assert f"1 track to score again, nothing says what made its scores: {first}\n" in printed
+    assert f"1 track to score again, no record of what made its scores: {first}\n" in printed
     assert f"1 track to score again, not saved as PCM_16: {second}\n" in printed
     assert contents(copy) == contents(out)
 
@@ -274,10 +278,10 @@ def test_a_run_that_ends_after_its_audio_leaves_no_older_scores_to_it(
         raise Killed
 
     out, _ = results
-    copy, save = shutil.copytree(out, tmp_path / "out"), evaluation.save_estimates
+    copy, save = shutil.copytree(out, tmp_path / "out"), save_estimates
     flags = ["--exp_dir", out.parent, "--out_dir", copy]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(evaluation, "save_estimates", save_and_end)
+        patch.setattr("local.estimates.save_estimates", save_and_end)
         evaluate(*flags, "--method", "full")
     assert len(list(copy.glob("test/*.json"))) == 1
     evaluate(*flags)
@@ -318,6 +322,7 @@ def start(*command, **variables) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
 
 
@@ -347,7 +352,7 @@ def kill(process: subprocess.Popen) -> str:
     return printed
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_results(
+def test_killed_at_any_moment_it_resumes_to_the_same_results(
     undisturbed, experiment, long_corpus, tmp_path
 ):
     """One run, killed again and again, each time when some more files are there."""
@@ -355,16 +360,31 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_results(
     command = [ROOT / "eval.py", "--exp_dir", experiment, "--root", long_corpus, "--n_save_ex", 2]
     command += ["--out_dir", out, "--jobs", 2]
     moments, unfinished = random.Random(0), 0
-    for files in (0, 2, 4, 7, 9):
+    for files in (0, 4, 9):
         process = start(*command)
         wait_for(process, lambda files=files: len(list(out.glob("test/[!.]*"))) > files)
         time.sleep(moments.uniform(0, 0.3))
         unfinished += process.poll() is None and not (out / "results.txt").exists()
         kill(process)
-    assert unfinished >= 4
+    assert unfinished >= 2
     result = run_python(*command)
     assert result.returncode == 0, result.stderr
     assert contents(out) == contents(undisturbed)
+
+
+def test_ctrl_c_ends_the_run_and_its_scoring_processes(experiment, long_corpus, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--exp_dir", experiment, "--root", long_corpus, "--out_dir", out, "--jobs", 2]
+    process = start(ROOT / "eval.py", *flags)
+    wait_for(process, lambda: any(out.glob("test/[!.]*.json")))
+    os.killpg(process.pid, signal.SIGINT)  # all processes, as a terminal does
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "eval.py: interrupted" in printed
+    assert "Traceback" not in printed
+    assert has_ended(process.pid)
+    assert sorted(path.name for path in out.iterdir() if path.suffix == ".txt") == []
+    assert not any(out.glob(".estimates*"))
 
 
 # Several processes
@@ -411,7 +431,7 @@ def test_what_a_dead_rank_leaves_is_scored_by_the_next_run(
     kill(second)
     printed, _ = first.communicate(timeout=300)
     assert first.returncode == 2
-    assert "a process of this run was lost; the same command goes on where it ended" in printed
+    assert "run the same command again to resume" in printed
     assert "Traceback" not in printed
     assert not (out / "results.txt").exists()
     kept = list(out.glob("test/*.json"))
@@ -456,11 +476,11 @@ def test_a_file_that_goes_during_the_run_is_named(
 ):
     def spoil_and_separate(model, mixture, *settings):
         path.unlink() if left is None else os.truncate(path, left)
-        monkeypatch.setattr(evaluation, "separate", separate)
+        monkeypatch.setattr("local.inference.separate", separate)
         return separate(model, mixture, *settings)
 
     path = own_corpus / "test" / TEST_NAMES[1] / file
-    monkeypatch.setattr(evaluation, "separate", spoil_and_separate)
+    monkeypatch.setattr("local.inference.separate", spoil_and_separate)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus)
     assert exit_.value.code == 1
@@ -477,7 +497,7 @@ def test_an_estimate_that_is_not_finite_stops_its_track(experiment, tmp_path, ca
         return sources
 
     spoilt = iter([float("nan"), float("inf")])
-    monkeypatch.setattr(evaluation, "separate", separate_badly)
+    monkeypatch.setattr("local.inference.separate", separate_badly)
     with pytest.raises(SystemExit) as exit_:
         evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
     assert exit_.value.code == 1
@@ -498,7 +518,7 @@ def test_scores_of_other_tracks_are_not_mixed_with_these(
     error = error_of(evaluation.main, *flags)
     assert "2 faults" in error
     assert "holds scores of another test set" in error
-    assert "a track called results.txt would replace" in error
+    assert "--root: a track called results.txt " in error
     assert write_times(tmp_path / "out") == before
 
 
@@ -530,7 +550,7 @@ def test_several_bad_arguments_are_reported_together(experiment, error_of, monke
     monkeypatch.setenv("PATH", "")
     flags = ["--out_dir", "x", "--use_gpu", 1, "--n_save_ex", -5, "--overlap", -1]
     error = error_of(evaluation.main, "--exp_dir", experiment, *flags)
-    for words in ("4 faults", "--use_gpu 1: torch sees no GPU", "--n_save_ex", "install ffmpeg"):
+    for words in ("4 faults", "--use_gpu 1: ", "--n_save_ex", "install ffmpeg"):
         assert words in error
 
 
@@ -600,13 +620,13 @@ def test_a_full_disk_is_named(experiment, tmp_path):
         assert not any(out.rglob("*.np[yz]"))
 
 
-def test_names_that_the_terminal_cannot_show(experiment, own_corpus, tmp_path):
+def test_names_that_the_terminal_cannot_show(experiment, own_corpus, tmp_path, monkeypatch):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / "Été")
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    process = start(ROOT / "eval.py", *flags, PYTHONIOENCODING="ascii")
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
-    assert "\\xc9t\\xe9: SDR vocals" in printed
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    evaluate(*flags)
+    assert b"\\xc9t\\xe9: SDR vocals" in stdout.buffer.getvalue()
 
 
 def test_a_reader_that_has_gone(results, tmp_path):
@@ -624,13 +644,15 @@ def test_a_reader_that_has_gone(results, tmp_path):
 def test_a_track_with_the_name_of_a_result(name, experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / name)
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert f"a track called {name} would replace" in error_of(evaluation.main, *flags)
+    assert f"--root: a track called {name} " in error_of(evaluation.main, *flags)
 
 
 def test_a_name_too_long_for_a_file_ends_in_one_line(experiment, own_corpus, tmp_path, error_of):
     (own_corpus / "test" / TEST_NAMES[0]).rename(own_corpus / "test" / ("n" * 252))
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
-    assert f"the name of {'n' * 252} is too long" in error_of(evaluation.main, *flags)
+    assert f"--root: the name of the track {'n' * 252} is too long" in error_of(
+        evaluation.main, *flags
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -647,7 +669,7 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
     before = {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
     out = own_corpus / "test" / place
     flags = ["--exp_dir", experiment, "--out_dir", out, "--root", own_corpus, "--n_save_ex", 0]
-    assert f"{out} is where the test tracks are" in error_of(evaluation.main, *flags)
+    assert f"--out_dir: {out} holds the test tracks" in error_of(evaluation.main, *flags)
     assert before == {path: path.read_bytes() for path in own_corpus.rglob("*.wav")}
     assert not list(own_corpus.rglob("*.json"))
 
@@ -655,17 +677,6 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
 @pytest.mark.parametrize("place", ["", "test"])
 def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
     track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
-    with pytest.raises(UserError, match="is where the test tracks are"):
-        evaluation.prepare_out(tmp_path / place, [track])
+    with pytest.raises(UserError, match="--out_dir: .* holds the test tracks"):
+        make_out(tmp_path / place, [track])
     assert not (tmp_path / "test").exists()
-
-
-def test_ctrl_c_ends_in_one_line(experiment, tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "separate", interrupt)
-    with pytest.raises(SystemExit) as exit_:
-        evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
-    assert exit_.value.code == 130
-    assert capsys.readouterr().err.endswith("eval.py: interrupted\n")

@@ -2,7 +2,6 @@ import gzip
 import json
 from pathlib import Path
 
-import museval
 import numpy as np
 import pytest
 from conftest import SHARED, make_record, needs_shared

@@ -5,15 +5,13 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import musdb
-import museval
 import numpy as np
 import pytest
 from conftest import RATE, ROOT, make_record, run_python
 from threadpoolctl import threadpool_info
 
 from local.eval import scoring
-from local.eval.results import load_track, read_scores
+from local.eval.score_files import load_track, read_scores
 from local.eval.scoring import (
     ScoringPool,
     choose_jobs,
@@ -37,12 +35,16 @@ def make_estimates(track, seed=0) -> np.ndarray:
 
 def museval_scores(track, estimates: np.ndarray, tmp_path: Path) -> str:
     """The file that museval itself writes."""
+    import museval
+
     by_target = {target: x.T for target, x in zip(TARGETS, estimates, strict=True)}
     museval.eval_mus_track(track, by_target, output_dir=str(tmp_path))
     return (tmp_path / "test" / f"{track.name}.json").read_text()
 
 
 def test_scores_of_a_wav_tree_are_those_of_museval(corpus, tmp_path):
+    import musdb
+
     expected = musdb.DB(root=str(corpus), is_wav=True, subsets="test")
     for track, musdb_track in zip(open_test_set(corpus, RATE, "wav"), expected, strict=True):
         estimates = make_estimates(track)
@@ -52,6 +54,8 @@ def test_scores_of_a_wav_tree_are_those_of_museval(corpus, tmp_path):
 
 
 def test_scores_of_a_stem_root_are_those_of_museval(excerpts, tmp_path):
+    import musdb
+
     (expected,) = musdb.DB(root=str(excerpts), subsets="test")
     (track,) = open_test_set(excerpts, 44100, "wav")
     estimates = make_estimates(track)
@@ -72,6 +76,8 @@ def test_estimates_of_another_length_are_refused(corpus):
 
 
 def test_sdr_of_the_mixture_and_of_whole_tracks(corpus):
+    import museval
+
     track, _ = open_test_set(corpus, RATE, "wav")
     audio, estimates = read_track(track), make_estimates(track)
     _, extras = score_track(track, estimates)
@@ -136,7 +142,7 @@ def test_a_pool_scores_what_one_process_would(corpus, tmp_path, capsys):
 def test_a_track_that_cannot_be_scored_leaves_the_others(corpus, tmp_path, capsys):
     out = make_out(tmp_path)
     loud, quiet = open_test_set(corpus, RATE, "wav")
-    for _ in range(2):  # the second time, a failure takes the scores of the first away
+    for _ in range(2):  # the second time, the failure removes the scores of the first time
         with ScoringPool(out, 1, "bsseval") as pool:
             for track in (quiet, loud):
                 pool.submit(track, as_targets(make_estimates(track)), make_record())
@@ -170,7 +176,7 @@ def kill_a_process(pool: ScoringPool) -> None:
 def test_a_killed_process_ends_the_run_with_the_remedy(corpus, tmp_path):
     out, (track, _) = make_out(tmp_path), open_test_set(corpus, RATE, "wav")
     with (
-        pytest.raises(UserError, match="a scoring process was killed .* a smaller --jobs"),
+        pytest.raises(UserError, match="smaller --jobs"),
         ScoringPool(out, 1, "bsseval") as pool,
     ):
         pool.submit(track, as_targets(make_estimates(track)), make_record())
@@ -180,20 +186,8 @@ def test_a_killed_process_ends_the_run_with_the_remedy(corpus, tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_an_interrupt_ends_all_processes(corpus, tmp_path):
-    out, (track, _) = make_out(tmp_path), open_test_set(corpus, RATE, "wav")
-    with pytest.raises(KeyboardInterrupt), ScoringPool(out, 2, "museval") as pool:
-        for _ in range(4):
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
-        raise KeyboardInterrupt
-    for process in multiprocessing.active_children():
-        process.join(10)
-    assert not multiprocessing.active_children()
-    assert [path.name for path in out.iterdir()] == ["test"]
-
-
-def test_an_interrupt_within_the_imports_of_the_server_is_for_the_parent(corpus, tmp_path):
-    """The server that forks the scoring processes imports what they need, and hears Ctrl-C too."""
+def test_an_interrupt_does_not_stop_the_imports_of_the_fork_server(corpus, tmp_path):
+    """Ctrl-C during the imports of the fork server does not stop it."""
     (tmp_path / "pressed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     script = tmp_path / "score_one.py"
     script.write_text(f"""

@@ -2,7 +2,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import musdb
 import numpy as np
 import pytest
 import soundfile as sf
@@ -12,6 +11,8 @@ from local.tools.command_line import UserError
 
 
 def test_a_decoded_tree_is_what_musdb_reads(excerpts, tmp_path):
+    import musdb
+
     assert decode_tree(excerpts, tmp_path / "wav", jobs=2) == (2, 0)
     packed = musdb.DB(root=str(excerpts))
     unpacked = musdb.DB(root=str(tmp_path / "wav"), is_wav=True)

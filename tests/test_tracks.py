@@ -1,7 +1,6 @@
 import os
 import shutil
 
-import musdb
 import numpy as np
 import pytest
 import soundfile as sf
@@ -14,6 +13,8 @@ from local.tools.command_line import UserError
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 def test_a_wav_tree_reads_as_musdb_reads_it(subtype, own_corpus):
+    import musdb
+
     rng = np.random.default_rng(0)
     for path in (own_corpus / "test").rglob("*.wav"):
         audio, _ = sf.read(path)
@@ -33,6 +34,8 @@ def test_a_wav_tree_reads_as_musdb_reads_it(subtype, own_corpus):
 
 
 def test_a_stem_root_reads_as_musdb_reads_it(excerpts):
+    import musdb
+
     (expected,) = musdb.DB(root=str(excerpts), subsets="test")
     (track,) = open_test_set(excerpts, 44100, "wav")
     assert track.name == expected.name
@@ -69,7 +72,7 @@ def test_faults_of_a_test_set(own_corpus, tmp_path, monkeypatch):
 
 
 def test_a_stem_root_of_another_rate_is_refused(excerpts):
-    with pytest.raises(DatasetError, match="Falcon 69.stem.mp4: expected 8000 Hz, .* got 44100 Hz"):
+    with pytest.raises(DatasetError, match="--root: .*Falcon 69.stem.mp4: .*8000 Hz, got 44100"):
         open_test_set(excerpts, RATE, "wav")
 
 

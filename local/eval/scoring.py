@@ -1,8 +1,4 @@
-"""Scores of the test tracks: BSSEval v4 in frames of 1 s, many tracks at a time.
-
-Every scored track has two files: OUT/test/TRACK.json, as museval writes it, and beside it TRACK.yml
-with what made these scores, so that a run that was stopped need not start over.
-"""
+"""Score the estimates of tracks: BSSEval v4 in frames of 1 s, several tracks at a time."""
 
 import errno
 import multiprocessing
@@ -24,9 +20,9 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from local.eval.bsseval import RATIOS, bss_eval, energies, framewise_sdr
-from local.eval.results import (
+from local.eval.results import describe_track
+from local.eval.score_files import (
     ScoredTrack,
-    describe_track,
     load_track,
     make_track_store,
     remove_track,
@@ -37,20 +33,21 @@ from local.eval.tracks import TestTrack, read_track
 from local.musdb18_tracks import TARGETS
 from local.tools.choices import SCORERS
 from local.tools.command_line import UserError
+from local.tools.museval_guard import import_museval
 
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
-# What a scoring process takes in all, and for each second of its track (measured, and rounded up).
+# Memory of a scoring process, and more for each second of its track (measured, and rounded up).
 PROCESS_BYTES = 450e6
 SECOND_BYTES = {"bsseval": 2e6, "museval": 17e6}
 USDR_FLOOR = 1e-7  # the challenges add it to both energies
 USDR_SAMPLES = 2**16  # at a time
-# What takes seconds to import; scoring processes are forked after it. Not the modules of this
-# project, which the process that forks them may not find.
+# What takes seconds to import. The fork server imports it once for all scoring processes. Modules
+# of this project are not here: the server may run in a folder where it cannot find them.
 IMPORTS = ["museval", "torch", "huggingface_hub.hub_mixin", "scipy.fft", "soundfile"]
 
 
 def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0]) -> tuple:
-    """Scores the estimates of a track.
+    """Score the estimates of a track.
 
     Args:
         scorer: "bsseval", or "museval" for museval's own code, which gives the same numbers.
@@ -59,7 +56,7 @@ def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0
         - estimates: (2, 2, T): vocals and accompaniment, their channels, time
 
     Returns:
-        (museval.TrackStore, what it has no place for: see `results.save_track`).
+        (museval.TrackStore, what it has no place for: see `score_files.save_track`).
 
     Raises:
         ValueError: the track cannot be read, has another length than the estimates, or a source
@@ -70,7 +67,9 @@ def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0
     mixture = np.broadcast_to(audio["mixture"].T, references.shape)
     estimates = np.ascontiguousarray(estimates.transpose(0, 2, 1))
     if estimates.shape != references.shape:
-        raise ValueError(f"its mixture has {estimates.shape[1]} samples, its sources others")
+        raise ValueError(
+            f"its mixture has {estimates.shape[1]} samples, its sources {references.shape[1]}"
+        )
     scores = _score(references, estimates, track.rate, scorer)
     mixture_sdr = framewise_sdr(references, mixture, track.rate, track.rate)
     extras = {
@@ -83,11 +82,9 @@ def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0
 
 
 def _score(references: np.ndarray, estimates: np.ndarray, rate: int, scorer: str) -> dict:
-    """target -> metric -> dB of every frame, as `results.read_scores` has it."""
+    """Return target -> metric -> dB of every frame, as `score_files.read_scores` does."""
     if scorer == "museval":
-        import museval  # needs ffmpeg on the PATH, even to be imported
-
-        ratios = museval.evaluate(references, estimates, rate, rate)
+        ratios = import_museval().evaluate(references, estimates, rate, rate)
     else:
         ratios = bss_eval(references, estimates, rate, rate)
     return {
@@ -97,7 +94,7 @@ def _score(references: np.ndarray, estimates: np.ndarray, rate: int, scorer: str
 
 
 def whole_track_sdr(references: np.ndarray, estimates: np.ndarray) -> dict[str, float]:
-    """uSDR: the SDR of a whole track in dB, per target, as in the Music Demixing challenges.
+    """Return uSDR: the SDR of a whole track in dB, per target, as in the Music Demixing challenges.
 
     Mitsufuji et al., "Music Demixing Challenge 2021" (Frontiers in Signal Processing 1, 2022),
     equation 1.
@@ -113,13 +110,13 @@ def whole_track_sdr(references: np.ndarray, estimates: np.ndarray) -> dict[str, 
 
 
 def score_file(out: Path, track: TestTrack, file: Path, scorer: str, record: dict) -> ScoredTrack:
-    """Scores the estimates in a .npy file, saves the scores, removes the file.
+    """Score the estimates in a .npy file, save the scores, remove the file.
 
     Args:
-        record: what made the estimates, to be kept beside the scores.
+        record: what made the estimates: see `score_files.save_track`.
 
     Raises:
-        ValueError: as of `score_track`.
+        ValueError: see `score_track`.
     """
     try:
         store, extras = score_track(track, np.load(file, mmap_mode="r"), scorer)
@@ -130,13 +127,14 @@ def score_file(out: Path, track: TestTrack, file: Path, scorer: str, record: dic
 
 
 class ScoringPool:
-    """Scores tracks in processes of one BLAS thread each, while the caller goes on to others.
+    """Score tracks in processes of one BLAS thread each, while the caller separates other tracks.
 
-    Estimates wait for their turn in files in OUT. Processes end with this one, however it ends.
+    Estimates wait in files in OUT until a process is free. The processes end when this one ends,
+    even where it is killed.
 
     Args:
-        jobs: tracks at a time.
-        rank: of the caller, where several share OUT.
+        jobs: tracks scored at a time.
+        rank: of the caller, where several ranks share OUT.
     """
 
     def __init__(self, out: Path, jobs: int, scorer: str, rank: int = 0):
@@ -159,11 +157,11 @@ class ScoringPool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def submit(self, track: TestTrack, estimates: dict[str, np.ndarray], record: dict) -> None:
-        """Queues a track.
+        """Queue a track.
 
         Args:
             estimates: target -> (2, T), finite.
-            record: what made them, to be kept beside the scores: see `results.save_track`.
+            record: what made them: see `score_files.save_track`.
 
         Raises:
             UserError: a process was killed.
@@ -172,16 +170,16 @@ class ScoringPool:
         file = self.folder / f"{len(self.futures)}.npy"
         try:
             np.save(file, np.stack([estimates[target] for target in TARGETS]))
-        except OSError as error:  # numpy gives no errno
+        except OSError as error:  # numpy sets no errno
             reason = f"{error} (is the disk full?)"
             raise OSError(errno.EIO, reason, str(self.folder)) from None
-        with self._clear_errors(), _interrupts_later():
+        with self._report_killed_processes(), _delayed_interrupts():
             future = self.processes.submit(score_file, self.out, track, file, self.scorer, record)
         future.add_done_callback(partial(self._report, track))
         self.futures.append(future)
 
     def finish(self) -> tuple[list[ScoredTrack], dict[str, str]]:
-        """Waits for all scores.
+        """Wait for all scores.
 
         Returns:
             (the scored tracks, those that failed and why).
@@ -192,18 +190,18 @@ class ScoringPool:
         """
         scored = []
         with (
-            self._clear_errors(),
+            self._report_killed_processes(),
             tqdm(total=len(self.futures), desc="scored", unit="track") as bar,
         ):
             for future in as_completed(self.futures):
                 bar.update()
                 if not isinstance(future.exception(), ValueError):
                     scored.append(future.result())
-        self.processes.shutdown()  # after it, all is reported
+        self.processes.shutdown()  # returns when all callbacks have run
         return scored, self.failures
 
     def fail(self, track: TestTrack, error: Exception) -> None:
-        """Counts a track as failed, and removes what scores it had."""
+        """Count a track as failed, and remove the scores it had."""
         self.failures[track.name] = str(error)
         remove_track(self.out, track.name)
         tqdm.write(f"{track.name}: not scored: {error}", file=sys.stderr)
@@ -211,49 +209,51 @@ class ScoringPool:
     def _report(self, track: TestTrack, future: Future) -> None:
         if future.cancelled():
             return
-        with suppress(BrokenPipeError):  # where it matters, the caller meets it too
+        with suppress(BrokenPipeError):  # the main thread gets it as well
             if isinstance(future.exception(), ValueError):
                 self.fail(track, future.exception())
             elif not future.exception():
                 tqdm.write(describe_track(future.result()))
 
     @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
+    def _report_killed_processes(self) -> Iterator[None]:
         try:
             yield
         except (BrokenProcessPool, MemoryError):
             raise UserError(
-                "a scoring process was killed or ran out of memory; the same command with a smaller"
-                " --jobs scores what is missing"
+                "a scoring process was killed or ran out of memory; run the same command again with"
+                " a smaller --jobs, and it scores the remaining tracks"
             ) from None
 
 
 def remove_estimates(out: Path) -> None:
-    """Removes what a killed run left for scoring."""
+    """Remove the estimates that a killed run has left."""
     for folder in out.glob(f"{ESTIMATES}.*"):
         shutil.rmtree(folder)
 
 
 @contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Keeps Ctrl-C waiting, and from what is started meanwhile: the server that forks the scoring
-    processes would else die of it within its imports, and a process half started of its parent's
-    end, with a traceback each.
+def _delayed_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block, and block it in the processes started within.
+
+    Else the fork server would stop during its imports, and a scoring process during its start, each
+    with a traceback.
     """
-    heard = []
-    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process keeps
+    received = []
+    handler = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    # New processes inherit the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-        if heard:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
 def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threadpool_limits(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -264,14 +264,14 @@ def _end_with_parent() -> None:
 
 
 def choose_jobs(tracks: list[TestTrack], scorer: str, processes: int = 1) -> int:
-    """How many tracks to score at a time: as cores, free memory and their number allow.
+    """Choose how many tracks to score at a time, by cores, free memory and number of tracks.
 
     Args:
-        processes: of this run on this machine, which share it.
+        processes: ranks of this run on this machine, which share it.
     """
     longest = max((track.seconds for track in tracks), default=0)
     free = psutil.virtual_memory().available / processes
     fitting = int(free // (PROCESS_BYTES + SECOND_BYTES[scorer] * longest))
-    # srun may have given each process cores of its own; torchrun does not.
+    # srun may give each rank its own cores; torchrun does not.
     cores = min(len(os.sched_getaffinity(0)), os.cpu_count() // processes)
     return max(1, min(cores, fitting, len(tracks)))

@@ -1,4 +1,4 @@
-"""The test tracks: the samples that musdb gives, from wav, flac or .stem.mp4 files."""
+"""Read the test tracks from wav, flac or .stem.mp4 files: the samples that musdb returns."""
 
 import os
 import tempfile
@@ -22,7 +22,7 @@ from local.stems import STREAMS, decode_track, probe_rate, stem_files, track_nam
 from local.tools.ffmpeg import need_ffmpeg
 
 FILES = ("mixture", *SOURCES)
-PACKED_BYTES = 160_000  # of a second of a .stem.mp4 file: five streams of 256 kbit/s
+PACKED_BYTES = 160_000  # a second of a .stem.mp4 file, five streams of 256 kbit/s
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PackedTrack:
 
     @property
     def seconds(self) -> float:
-        """About what it lasts, by the size of the file."""
+        """Estimate the duration from the size of the file."""
         return self.path.stat().st_size / PACKED_BYTES
 
 
@@ -46,10 +46,10 @@ TestTrack = Track | PackedTrack
 
 
 def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
-    """The test tracks, sorted by name.
+    """Find the test tracks, sorted by name, and check their files.
 
     Raises:
-        DatasetError: lists what is wrong with the files (of a wav or flac tree).
+        DatasetError: lists the faults of the files.
         UserError: ffmpeg is missing for .stem.mp4 files.
     """
     packed = stem_files(root, "test")
@@ -60,35 +60,35 @@ def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
     raise_dataset_faults(root, find_name_faults(track_name(path) for path in packed))
     found = probe_rate(packed[0])
     if found not in (rate, None):
-        raise DatasetError(f"--root: {packed[0]}: expected {rate} Hz, the model's, got {found} Hz")
+        raise DatasetError(f"--root: {packed[0]}: expected the model's {rate} Hz, got {found} Hz")
     return [PackedTrack(path, rate) for path in packed]
 
 
 def list_files(track: TestTrack) -> list[Path]:
-    """The files that a track is read from."""
+    """Return the files that a track is read from."""
     return [track.path(name) for name in FILES] if isinstance(track, Track) else [track.path]
 
 
 def describe_files(track: TestTrack) -> dict[str, list[int]]:
-    """name -> [bytes, time of the last change in ns], by which changed files are noticed."""
+    """Return name -> [bytes, time of the last change in ns]: a changed file has another."""
     stats = {file.name: file.stat() for file in list_files(track)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def read_mixture(track: TestTrack) -> np.ndarray:
-    """(2, T) float32, the samples that musdb gives: see `read_track`."""
+    """Read the mixture as (2, T) float32, the samples that musdb returns: see `read_track`."""
     with unpacked(track, ["mixture"]) as files:
         return _read_16_bit(files, "mixture")
 
 
 def read_track(track: TestTrack) -> dict[str, np.ndarray]:
-    """{"mixture", "vocals", "accompaniment"} -> (2, T) float32, the samples that musdb gives.
+    """Read {"mixture", "vocals", "accompaniment"} -> (2, T) float32, the samples of musdb.
 
-    These are on the grid of 16-bit integers, whatever the files hold, and float32 holds them and
+    As musdb does, convert files of any other format to 16 bit. float32 holds 16-bit samples and
     their sums exactly.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the track cannot be read.
     """
     with unpacked(track, FILES) as files:
         others = (_read_16_bit(files, source) for source in SOURCES if source != "vocals")
@@ -101,7 +101,7 @@ def read_track(track: TestTrack) -> dict[str, np.ndarray]:
 
 @contextmanager
 def unpacked(track: TestTrack, names: Sequence[str]) -> Iterator[Track]:
-    """A track as a folder of files, of which only those in `names` need be there."""
+    """Yield a track as a folder of files, with those of `names` at least."""
     if isinstance(track, Track):
         yield track
         return
@@ -113,7 +113,7 @@ def unpacked(track: TestTrack, names: Sequence[str]) -> Iterator[Track]:
 
 
 def _read_16_bit(track: Track, name: str) -> np.ndarray:
-    # As ffmpeg converts for musdb: it rounds floats, and drops the low bits of longer integers.
+    # As ffmpeg converts for musdb: floats are rounded, longer integers lose their low bits.
     audio, kind = track.read(name), sf.info(os.fsencode(track.path(name))).subtype
     if kind == "PCM_16":
         return audio

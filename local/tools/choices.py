@@ -1,12 +1,29 @@
-"""What several flags and functions let one choose from."""
+"""Choices that several commands and functions share, and the flags that offer them."""
 
-# How a song is separated: see local/inference.py.
+from argparse import ArgumentParser
+
+# How a track is separated: see local/inference.py.
 METHODS = ("overlap-add", "full", "stream")
-SEGMENT = 6.0  # seconds of a window
-OVERLAP = 0.1  # seconds of a crossfade
-# Whether to use the fast formulas: where they equal the model; or fail; never.
+SEGMENT = 6.0  # seconds of a segment
+OVERLAP = 0.1  # seconds of the crossfade between segments
+# Whether to use local/fast: where it equals the model; always, or fail; never.
 FAST = ("auto", "yes", "no")
-# How much of the forward pass the backward pass computes again: see local/fast/recompute.py.
+# How much of the forward pass the backward pass recomputes: see local/fast/recompute.py.
 MEMORY = ("none", "some", "most")
 SCORERS = ("bsseval", "museval")
 SUFFIXES = ("wav", "flac")  # of the files of a data set
+
+
+def add_method_flags(parser: ArgumentParser) -> None:
+    """Add --method, --segment, --overlap and --fast."""
+    add = parser.add_argument
+    add("--method", choices=METHODS, default=METHODS[0], help="of separation [%(default)s]")
+    add("--segment", type=float, default=SEGMENT, help="overlap-add: seconds [%(default)s]")
+    add("--overlap", type=float, default=OVERLAP, help="overlap-add: crossfade [%(default)s]")
+    add(
+        "--fast",
+        choices=FAST,
+        default=FAST[0],
+        help="row layers of local/fast; auto: where they equal the model; yes: or fail; no: the"
+        " model itself [%(default)s]",
+    )

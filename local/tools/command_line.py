@@ -1,4 +1,4 @@
-"""How commands report: one line per fault, exit statuses, words for counts."""
+"""How commands read flags and report errors: a line per fault, and an exit status."""
 
 import argparse
 import io
@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
-CLOSED_PIPE = 141  # and to a command whose reader has gone
+# Exit statuses, as shells give them.
+INTERRUPTED = 130  # Ctrl-C
+CLOSED_PIPE = 141  # the reader of stdout has closed it
 
 
 class UserError(ValueError):
-    """A fault that the person at the keyboard can mend; commands show it without a traceback."""
+    """An error that the user can fix. Commands print its message without a traceback."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, without the usage of fifty flags before it."""
+    """A parser that reports an error in one line, without the usage of all flags."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -27,30 +28,33 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def clear_errors(command: str) -> Iterator[None]:
-    """Ends `command` with its UserError on stderr and exit status 2."""
-    has_stdout = isinstance(sys.stdout, io.TextIOWrapper)  # it may be closed
+    """Report errors of a command in a line on stderr, and exit.
+
+    The status is 2 for a UserError, INTERRUPTED for Ctrl-C, CLOSED_PIPE for a closed stdout.
+    """
+    has_stdout = isinstance(sys.stdout, io.TextIOWrapper)  # None where it was closed
     if has_stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files
     try:
         yield
         if has_stdout:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Else Python would complain that it cannot flush what is left.
+        # Python flushes stdout at exit, and would print an error where that fails.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(CLOSED_PIPE) from None
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except UserError as error:
-        # A loader worker sends its error wrapped in the text of its own traceback.
+        # The message of an error in a DataLoader worker holds the whole traceback.
         message = str(error).rpartition("DatasetError: ")[2].strip()
         print(f"{command}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def raise_together(faults: list[str], heading: str = "") -> None:
-    """Raises one UserError for all faults, a line each; does nothing where there are none."""
+    """Raise one UserError for all faults, a line each. Do nothing where there are none."""
     if len(faults) == 1:
         raise UserError(f"{heading}: {faults[0]}" if heading else faults[0])
     if faults:
@@ -59,11 +63,11 @@ def raise_together(faults: list[str], heading: str = "") -> None:
 
 
 def brief(error: BaseException, most: int = 300) -> str:
-    """An error in a line."""
+    """Return the message of an error as one line of at most `most` characters."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= most else f"{words[:most]} ..."
 
 
 def plural(count: int, one: str, more: str = "") -> str:
-    """A count with its noun: 1 track, 2 tracks."""
+    """Return a count with its noun: 1 track, 2 tracks."""
     return f"{count} {one if count == 1 else more or one + 's'}"

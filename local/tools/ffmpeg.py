@@ -1,4 +1,4 @@
-"""ffmpeg and ffprobe, as programs."""
+"""Run ffmpeg and ffprobe as programs."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from local.tools.command_line import UserError
 
 
 def need_ffmpeg() -> None:
-    """Raises a UserError where ffmpeg or ffprobe is not on the PATH."""
+    """Raise a UserError where ffmpeg or ffprobe is not on the PATH."""
     missing = [program for program in ("ffmpeg", "ffprobe") if shutil.which(program) is None]
     if missing:
         raise UserError(
@@ -17,6 +17,11 @@ def need_ffmpeg() -> None:
 
 
 def run_program(program: str, *args: str) -> subprocess.CompletedProcess:
+    """Run ffmpeg or ffprobe, capturing stdout and stderr as bytes.
+
+    Raises:
+        UserError: it fails.
+    """
     result = subprocess.run([program, "-loglevel", "error", *args], capture_output=True)
     if result.returncode != 0:
         raise UserError(f"{program} cannot read it: {last_line(result.stderr)}")
@@ -24,5 +29,5 @@ def run_program(program: str, *args: str) -> subprocess.CompletedProcess:
 
 
 def last_line(output: bytes) -> str:
-    """Or nothing, where there is none."""
+    """Return the last line of a program's output; "" where there is none."""
     return (output.decode(errors="replace").strip().splitlines() or [""])[-1]

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked, hashed, and read as data."""
+"""Files: atomic writes, locks, hashes, YAML."""
 
 import errno
 import fcntl
@@ -18,8 +18,10 @@ LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_pat
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A free path beside `path` for a file or a folder: renamed to `path` if the block ends well,
-    else removed; what a killed run left there is removed first.
+    """Yield a temporary path beside `path`, for a file or a folder.
+
+    Rename it to `path` at the end of the block, or remove it if the block raises. What a killed
+    run left at the temporary path is removed first.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
@@ -32,10 +34,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process; when it ends, however it ends, the folder is free again.
+    """Lock a folder for this process, until the end of the block or of the process.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process has locked it, or it cannot be written.
     """
     try:
         file = open(folder / ".lock", "a")
@@ -47,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{folder} is in use: another run writes to it") from None
         except OSError:
-            pass  # some network file systems know no locks
+            pass  # some network file systems have no locks
         yield
 
 
@@ -63,9 +65,9 @@ def sha256(path: Path) -> str:
 
 
 def is_failed_access(error: OSError, *places: Path) -> bool:
-    """Whether a disk failed or was full, or what could not be opened lies in one of the places.
+    """Tell whether a disk is full or failed, or the file of an error is below one of `places`.
 
-    Anything else comes from code that opens files of its own, whose traceback says where.
+    Any other OSError is an error of some library, and its traceback is needed.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         return True
@@ -76,10 +78,10 @@ def is_failed_access(error: OSError, *places: Path) -> bool:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or holds something else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,0 +1,93 @@
+"""From a checkpoint to the estimates of vocals and accompaniment, and to wav files.
+
+eval.py and local.separate share it.
+"""
+
+import errno
+import os
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from local import inference
+from local.checkpoint import load_model
+from local.musdb18_tracks import TARGETS
+from local.tools.command_line import UserError, plural
+from local.tools.files import atomic_path
+
+
+def load_separator(checkpoint: str | Path) -> nn.Module:
+    """Load a stereo model whose first source is the vocals.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or holds another kind of model.
+    """
+    model = load_model(checkpoint)
+    if model.C < 2 or model.audio_channels != 2:
+        raise UserError(
+            f"--checkpoint {checkpoint}: expected a stereo model of vocals and other sources,"
+            f" got {model.C} source(s) of {model.audio_channels} channel(s)"
+        )
+    return model
+
+
+def check_method_flags(model: nn.Module, args: Namespace) -> None:
+    """Raise a UserError where the model cannot be used with the flags of `add_method_flags`."""
+    flags = {"overlap-add": "--segment, --overlap"}.get(args.method, "--method")
+    for flag, method in {f"--fast {args.fast}": "full", flags: args.method}.items():
+        try:
+            inference.check_method(model, method, args.segment, args.overlap, args.fast)
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+
+def separate_targets(
+    model: nn.Module, mixture: Tensor, args: Namespace, title: str
+) -> dict[str, np.ndarray]:
+    """Separate a mixture (2, T), showing progress, into target -> (2, T)."""
+    with progress_bar(title, mixture.shape[-1], model.samplerate) as bar:
+        settings = args.method, args.segment, args.overlap, bar.update, args.fast
+        return name_targets(inference.separate(model, mixture, *settings))
+
+
+def progress_bar(title: str, time: int, rate: int) -> tqdm:
+    """Return a bar that counts samples and shows seconds."""
+    form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    return tqdm(desc=f"{title}: ", total=time, unit_scale=1 / rate, bar_format=form)
+
+
+def name_targets(sources: Tensor) -> dict[str, np.ndarray]:
+    """Turn (C, 2, T) into target -> (2, T): the accompaniment is the sum of all but the vocals."""
+    return dict(zip(TARGETS, (sources[0].numpy(), sources[1:].sum(0).numpy()), strict=True))
+
+
+def save_estimates(
+    folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
+) -> None:
+    """Write target -> (channels, T) as TARGET.wav, all of them or none. Report clipped samples.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clipped = 0
+    with ExitStack() as stack:
+        for target, estimate in estimates.items():
+            samples, subtype = estimate.T, "FLOAT"
+            if not float32:
+                scaled = np.rint(samples * 32768.0)
+                samples, subtype = np.clip(scaled, -32768, 32767).astype(np.int16), "PCM_16"
+                clipped += np.count_nonzero(scaled != samples)
+            temporary = stack.enter_context(atomic_path(folder / f"{target}.wav"))
+            try:
+                sf.write(os.fsencode(temporary), samples, rate, subtype, format="WAV")
+            except sf.LibsndfileError as error:
+                reason = f"{error.error_string.rstrip('.')} (is the disk full?)"
+                raise OSError(errno.EIO, reason, str(folder)) from None
+    if clipped:
+        print(f"{folder}: {plural(clipped, 'sample')} beyond full scale clipped; see --float32")
