@@ -1,4 +1,4 @@
-"""Every command of the README is run, on a tiny data set where it would take days."""
+"""The READMEs: every command and example is run, on a tiny data set where it would take days."""
 
 import json
 import os
@@ -27,17 +27,21 @@ from conftest import (
 from local.checkpoint import load_model
 from local.eval.results import METRICS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = {
+    path: (ROOT / path).read_text(encoding="utf-8")
+    for path in ("README.md", "local/README.md", "tests/README.md")
+}
 HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    found = (re.findall(rf"```{language}\n(.*?)```", t, re.DOTALL) for t in READMES.values())
+    return [block for of_one in found for block in of_one]
 
 
 def commands() -> list[str]:
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return list(dict.fromkeys(" ".join(line.split()) for line in text.splitlines() if line.strip()))
 
 
 TINY_BENCHMARK = "--repeats 1 --X 1 --R 1 --N 8".split()
@@ -46,6 +50,7 @@ TINY_BENCHMARK = "--repeats 1 --X 1 --R 1 --N 8".split()
 SMALLER = {
     "./run.sh": ["--epochs", "1", "--samples_per_track", "1"],
     "./run.sh test": ["--collect-only", "tests/test_inference.py"],
+    "./run.sh test -m": ["--collect-only"],
     "./run.sh --root": TINY_RUN,
     "pip": ["--dry-run"],
     "python train.py": TINY_RUN,
@@ -152,9 +157,26 @@ def test_the_python_examples_work(checkout):
         assert result.stdout == f"{shape} {shape}\n", result.stderr
 
 
-def test_every_flag_it_names_exists():
-    named = set(re.findall(r"`(--\w+)", README))
+def test_every_flag_they_name_exists():
+    named = set(re.findall(r"`(--\w+)", "".join(READMES.values())))
     commands = (["train.py"], ["eval.py"], ["-m", "local.separate"], ["-m", "local.compare"])
     helps = [run([sys.executable, *words, "--help"], ROOT).stdout for words in commands]
     helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)
     assert named <= set(re.findall(r"--\w+", " ".join(helps)))
+
+
+def find_anchors(text: str) -> set[str]:
+    """Those that GitHub makes of the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", READMES)
+def test_every_link_leads_somewhere(path):
+    links = re.findall(r"\]\((?!https://)([^)]*)\)", READMES[path])
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / name if name else ROOT / path
+        assert target.exists(), link
+        assert not anchor or anchor in find_anchors(target.read_text(encoding="utf-8")), link
