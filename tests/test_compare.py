@@ -266,7 +266,7 @@ def test_the_command(tmp_path):
     text = (tmp_path / "new" / "out" / "comparison.txt").read_text(encoding="utf-8")
     assert result.stdout.startswith(text)
     modules = "import sys, local.compare; print({'museval', 'musdb'} & set(sys.modules))"
-    assert run_python("-c", modules).stdout == "set()\n"
+    assert run_python("-c", modules, own_process=True).stdout == "set()\n"
 
 
 def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error_of):
