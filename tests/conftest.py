@@ -1,5 +1,6 @@
 """A tiny corpus in the layout of MUSDB18-HQ, and how tests run the commands."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,11 +15,16 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from forkserver import ForkedProcess, ForkServer
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from local.tasnet import ConvTasNetStereo
 
+# One thread per process, here and in what tests start: more would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}  # before tests change it
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 GOLDEN = ROOT / "tests" / "golden"  # what the published code computes
@@ -223,18 +229,60 @@ def write_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def run_python(*args, cwd: Path | None = ROOT, **variables) -> subprocess.CompletedProcess:
-    """Runs this Python in a process of its own, with more variables in its environment."""
-    command = [sys.executable, *map(str, args)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer(ENVIRONMENT)
+
+
+def start_python(
+    *args,
+    own_process: bool = False,
+    cwd: Path | None = ROOT,
+    env: dict | None = None,
+    preexec_fn=None,
+    **options,
+) -> subprocess.Popen | ForkedProcess:
+    """Starts Python as a process that heeds Ctrl-C; its other options are those of Popen.
+
+    It is forked after the slow imports where that makes no difference: see tests/forkserver.py.
+    With `own_process` it is a new Python, as tests need that look at imports, at the peak memory,
+    at names of processes, or at a command from its very start to its end.
+    """
+    args = list(map(str, args))
+    options = {"text": True, **options}
+    env = {"HF_HUB_OFFLINE": "1", **(os.environ if env is None else env)}
+    forks = sys.platform == "linux" and not own_process and preexec_fn is None
+    if forks and fork_server().can_run(args, env):
+        return fork_server().start(args, cwd=cwd or Path.cwd(), env=env, **options)
+    options["preexec_fn"] = preexec_fn or heed_signals
+    return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, **options)
+
+
+def run_python(
+    *args, cwd: Path | None = ROOT, own_process: bool = False, **variables
+) -> subprocess.CompletedProcess:
+    """Runs Python to its end, with more variables in its environment: see `start_python`."""
+    process = start_python(
+        *args,
+        own_process=own_process,
+        cwd=cwd,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def run_command(
-    script: str, *args, cwd: Path | None = None, **variables
+    script: str, *args, cwd: Path | None = None, **options
 ) -> subprocess.CompletedProcess:
     """Runs a script of this project, from any folder."""
-    return run_python(ROOT / script, *args, cwd=cwd, **variables)
+    return run_python(ROOT / script, *args, cwd=cwd, **options)
 
 
 def heed_signals() -> None:
@@ -245,18 +293,13 @@ def heed_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def start_training(exp_dir: Path, *flags, until=None, **options) -> subprocess.Popen:
-    """Starts train.py as a process that heeds Ctrl-C; returns when the run has a model, or when
-    `until` says so.
-    """
+def start_training(
+    exp_dir: Path, *flags, until=None, **options
+) -> subprocess.Popen | ForkedProcess:
+    """Starts train.py; returns when the run has a model, or when `until` says so."""
     until = until or (exp_dir / "best_model.pth").exists
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--exp_dir", exp_dir, *map(str, flags)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_signals,
-        **options,
-    )
+    options = {"cwd": None, "stderr": subprocess.PIPE, **options}
+    process = start_python(ROOT / "train.py", "--exp_dir", exp_dir, *flags, **options)
     deadline = time.monotonic() + 120
     while not until() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

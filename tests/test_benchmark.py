@@ -154,5 +154,5 @@ def test_it_needs_torch_and_the_hub_alone():
         "sys.path.insert(0, 'tests')\n"
         "import benchmark"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)
     assert result.returncode == 0, result.stderr

@@ -273,7 +273,7 @@ def test_comparing_needs_no_torch(tmp_path):
     words = [str(write_run(tmp_path / "run")), "--out", str(tmp_path / "out")]
     code = f"import sys, local.compare; local.compare.main({words!r});"
     code += "print({'torch', 'asteroid', 'museval', 'musdb'} & set(sys.modules), file=sys.stderr)"
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)
     assert (result.returncode, result.stderr) == (0, "set()\n")
 
 

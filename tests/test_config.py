@@ -193,5 +193,5 @@ def test_asteroid_imports_whatever_torchaudio_does(kind, tmp_path):
         "replaced = 'torch_stoi' not in sys.modules\n"
         "print(System.__name__, replaced)"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)
     assert result.stdout == f"System {kind != 'working'}\n", result.stderr

@@ -27,6 +27,7 @@ from conftest import (
     heed_signals,
     run_command,
     run_python,
+    start_python,
     write_corpus,
     write_times,
     write_track,
@@ -315,12 +316,11 @@ def undisturbed(experiment, long_corpus, tmp_path_factory) -> Path:
 
 
 def start(*command, **variables) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    return start_python(
+        *command,
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
         preexec_fn=heed_signals,
     )

@@ -282,7 +282,7 @@ print(peak() - before - estimates.nbytes / 2**20)
 
 def megabytes(method: str, kind: str, seconds: int, blocks: int) -> float:
     """Peak memory of a separation beyond its input and output, in a process of its own."""
-    result = run_python("-c", MEMORY, ROOT, method, kind, seconds, blocks)
+    result = run_python("-c", MEMORY, ROOT, method, kind, seconds, blocks, own_process=True)
     assert result.returncode == 0, result.stderr
     return float(result.stdout)
 

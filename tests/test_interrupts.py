@@ -4,12 +4,11 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY_RUN, heed_signals
+from conftest import TINY_RUN, heed_signals, start_python
 
 from local.train.interrupts import Interrupted, Interrupts
 
@@ -39,15 +38,13 @@ def start(corpus, tmp_path):
     """Starts a run whose second step takes so many seconds, and returns when that has begun."""
     processes = []
 
-    def start(seconds: float, prepare=heed_signals, more=(), **streams) -> subprocess.Popen:
+    def start(seconds: float, prepare=None, more=(), **streams) -> subprocess.Popen:
         marker = tmp_path / "second step"
         flags = ["--exp_dir", tmp_path / "run", "--root", corpus, *TINY_RUN, "--epochs", "2", *more]
         arguments = list(map(str, flags))
         code = SLOW_STEP.format(seconds=seconds, arguments=arguments, marker=str(marker))
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            text=True,
-            cwd=ROOT,
+        process = start_python(
+            *("-c", code),
             preexec_fn=prepare,
             start_new_session=True,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
@@ -92,7 +89,7 @@ def ignore_hangups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "status"), [(heed_signals, 129), (ignore_hangups, 0)], ids=["alone", "nohup"]
+    ("prepare", "status"), [(None, 129), (ignore_hangups, 0)], ids=["alone", "nohup"]
 )
 def test_a_closed_terminal_ends_a_run_but_not_under_nohup(start, prepare, status):
     process = start(seconds=2, prepare=prepare)

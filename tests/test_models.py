@@ -1,10 +1,7 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_RUN, copy_project, write_song
+from conftest import ROOT, TINY_RUN, copy_project, run_python, write_song
 from torch import nn
 
 from local.models import MODELS, build_model, find_keyword_faults, find_shape_fault, sketch_model
@@ -115,8 +112,7 @@ def project(tmp_path_factory):
 
 
 def run(project, *command, status: int = 0) -> str:
-    command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=project, timeout=300)
+    result = run_python(*command, cwd=project)
     assert result.returncode == status, result.stderr
     assert "Traceback" not in result.stderr
     return result.stdout + result.stderr

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from chaos import EVENTS
-from conftest import ROOT, TINY_RUN, run_command, run_python, start_training, write_times
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    run_command,
+    run_python,
+    start_python,
+    start_training,
+    write_times,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
@@ -189,11 +196,8 @@ def newest_step(exp_dir: Path) -> int:
 def start_chaos(jobs: list, folder: Path) -> subprocess.Popen:
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "chaos.py", folder / "jobs.json"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, **ONE_THREAD},
-    )
+    script = ROOT / "tests" / "chaos.py"
+    return start_python(script, folder / "jobs.json", stdout=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, heed_signals, make_stems, random_model, write_song, write_times
+from conftest import ROOT, make_stems, random_model, start_python, write_song, write_times
 
 from local import separate as command
 from local.checkpoint import load_model
@@ -297,9 +297,9 @@ def test_a_gpu_that_is_not_there(checkpoints, tmp_path, error_of):
 
 
 def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
-    words = [sys.executable, "-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
+    words = ["-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(words, cwd=ROOT, preexec_fn=heed_signals, **{**pipes, **kwargs})
+    return start_python(*words, **{"text": False, **pipes, **kwargs})
 
 
 @pytest.fixture
@@ -362,7 +362,8 @@ def test_estimates_come_out_while_samples_still_come_in(checkpoints, mixture):
 
 
 def test_ctrl_c_flushes_what_is_pending(checkpoints, mixture):
-    mixture, process = mixture[:, :5000], start(checkpoints["causal"])  # less than a pipe holds
+    mixture = mixture[:, :5000]  # less than a pipe holds
+    process = start(checkpoints["causal"], own_process=True)
     process.stdin.write(to_bytes(mixture))
     process.stdin.flush()
     first = process.stdout.read((mixture.shape[-1] - 7) * 8)
@@ -375,7 +376,7 @@ def test_ctrl_c_flushes_what_is_pending(checkpoints, mixture):
 
 
 def test_a_reader_that_goes_away_is_no_traceback(checkpoints):
-    process = start(checkpoints["causal"])
+    process = start(checkpoints["causal"], own_process=True)
     block = np.zeros((1000, 2), np.float32).tobytes()
     process.stdin.write(block)
     process.stdin.flush()

@@ -82,7 +82,8 @@ def test_training_lowers_the_loss(corpus, tmp_path):
 
 def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
     exp_dir = tmp_path / "run"
-    result = run_command("train.py", "--exp_dir", exp_dir, "--root", corpus, *TINY_RUN)
+    flags = ["--exp_dir", exp_dir, "--root", corpus, *TINY_RUN]
+    result = run_command("train.py", *flags, own_process=True)
     assert result.returncode == 0, result.stderr
     for words in (
         "non-causal, gLN, ",
@@ -164,7 +165,7 @@ def test_the_command_works_from_any_folder(corpus, tmp_path):
 
 def test_training_imports_neither_musdb_nor_museval():
     code = "import sys, train; print({'musdb', 'museval', 'stempeg'} & set(sys.modules))"
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)
     assert result.stdout.strip() == "set()", result.stderr
 
 
@@ -178,14 +179,14 @@ def test_the_model_imports_torch_and_the_hub_alone(module):
         "    sys.modules[name] = None\n"
         f"import local.{module}"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
     exp_dir = tmp_path / "run"
     flags = ["--root", corpus, *TINY_RUN, "--epochs", "10000"]
-    process = start_training(exp_dir, *flags, stdout=subprocess.PIPE)
+    process = start_training(exp_dir, *flags, stdout=subprocess.PIPE, own_process=True)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -318,7 +319,8 @@ def test_an_experiment_that_cannot_be_written(corpus, tmp_path, error_of):
 
 def test_errors_are_one_line_and_status_2_in_a_process_of_their_own(tmp_path):
     write_track(tmp_path / "train" / "Leaf - Summerghost")
-    result = run_command("train.py", "--root", tmp_path, "--exp_dir", tmp_path / "e", *TINY_RUN)
+    flags = ["--root", tmp_path, "--exp_dir", tmp_path / "e", *TINY_RUN]
+    result = run_command("train.py", *flags, own_process=True)
     assert result.returncode == 2
     assert result.stderr == "train.py: error: --root: every track of train/ is a validation track\n"
     assert result.stdout == ""
