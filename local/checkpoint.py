@@ -6,6 +6,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
+from local.config import KEYS, add_defaults
 from local.models import MODELS, PUBLISHED, build_model, model_args, model_name
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
@@ -93,9 +94,10 @@ def _find_model_args(path: Path, content: dict) -> dict:
         if not conf_file.is_file():
             raise UserError(f"{path}: holds no model arguments, and there is no {conf_file}")
         conf = read_yaml(conf_file)
-    try:
-        return model_args(conf)
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path}: its configuration has no convtasnet section or no sample_rate"
-        ) from None
+    for section in ("convtasnet", "data"):
+        if not isinstance(conf, dict) or not isinstance(conf.get(section), dict):
+            raise UserError(f"{path}: its configuration has no section {section}")
+    is_complete = KEYS["convtasnet"].keys() <= conf["convtasnet"].keys()
+    if not is_complete or "sample_rate" not in conf["data"]:
+        conf = add_defaults(conf)  # an earlier version did not have these keys
+    return model_args(conf)

@@ -11,11 +11,13 @@ import yaml
 from torch.torch_version import TorchVersion
 
 from local.checkpoint import find_weights, load_model, save_best_model
-from local.config import parse_conf
+from local.config import KEYS, parse_conf, read_conf
 from local.models import make_model
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import atomic_path, read_yaml, sha256
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
 
@@ -84,8 +86,31 @@ def test_a_published_file_takes_its_arguments_from_the_configuration_beside_it(
     published = {**conf, "positional arguments": {}, "main_args": {"exp_dir": "x", "help": None}}
     (tmp_path / "conf.yml").write_text(yaml.safe_dump(published))
     assert same(load_model(tmp_path / "best_model.pth"), model)
-    (tmp_path / "conf.yml").write_text("data: {}")
-    assert "no convtasnet section" in error_of(tmp_path / "best_model.pth")
+    for conf_yml, section in [("data: {}", "convtasnet"), ("convtasnet: {}\ndata: 3", "data")]:
+        (tmp_path / "conf.yml").write_text(conf_yml)
+        assert f"no section {section}" in error_of(tmp_path / "best_model.pth")
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "epoch=0-step=1.ckpt"])
+@pytest.mark.parametrize(
+    "section, key", [(name, key) for name in ("convtasnet", "data") for key in KEYS[name]]
+)
+def test_a_key_that_a_saved_configuration_lacks_counts_as_its_default(
+    tmp_path, conf, section, key, name
+):
+    conf[section][key] = read_conf()[section][key]
+    model = make_model(conf).eval()
+    del conf[section][key]
+    state = {f"model.{part}": tensor for part, tensor in model.state_dict().items()}
+    content = {"state_dict": state}
+    if name == "best_model.pth":
+        (tmp_path / "conf.yml").write_text(yaml.safe_dump(conf))
+    else:
+        content["training_config"] = conf
+    torch.save(content, tmp_path / name)
+    loaded = load_model(tmp_path / name)
+    assert same(loaded, model)
+    assert loaded.samplerate == model.samplerate
 
 
 def test_lightning_checkpoints_and_the_best_model_agree(experiment):

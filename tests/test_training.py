@@ -252,7 +252,7 @@ def test_compiled_agrees_with_the_plain_model(norm_type, memory, two_threads):
     device = torch.device("cpu")
     if fault := find_compiler_fault(device):
         pytest.skip(f"torch.compile does not work here: {fault}")
-    model = make_model(norm_type, R=1, X=2)
+    model = make_model(norm_type, R=1, X=3)
     batch = make_batch(model)
     expected, found = run(model, batch), run(model, batch, memory, compiled=True)
     for name in ("estimates", "loss", "gradients"):
