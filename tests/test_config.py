@@ -1,8 +1,11 @@
+import argparse
+
 import pytest
 import yaml
 from conftest import run_python
+from test_published import CAUSAL, NON_CAUSAL
 
-from local.config import CONF_FILE, find_faults, parse_conf, read_conf
+from local.config import CONF_FILE, OPTIONS, find_faults, parse_conf, read_conf
 from local.tools.command_line import UserError, raise_together
 
 
@@ -19,6 +22,36 @@ def write_conf(path, **changes):
 def test_keys_are_unique_over_all_sections():
     keys = [key for section in read_conf(CONF_FILE).values() for key in section]
     assert len(keys) == len(set(keys))
+
+
+def parse_as_asteroid_does(argv: list[str]) -> dict:
+    """The published way: asteroid's parser on conf.yml."""
+    from asteroid.utils.parser_utils import parse_args_as_dict, prepare_parser_from_dict
+
+    conf = read_conf(CONF_FILE)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--exp_dir", default=conf.pop("main_args")["exp_dir"])
+    parser.add_argument("--n_src", dest="C", type=int, default=argparse.SUPPRESS)
+    parsed = parse_args_as_dict(prepare_parser_from_dict(conf, parser=parser), args=argv)
+    return {section: parsed[section] for section in conf} | {
+        "main_args": {"exp_dir": parsed["main_args"]["exp_dir"]}
+    }
+
+
+@pytest.mark.parametrize(
+    "argv", [[], NON_CAUSAL, CAUSAL, ["--half_lr", "no", "--lr", "1", "--seed", "7"]]
+)
+def test_flags_are_read_as_asteroid_reads_them(argv):
+    found = parse_conf(argv)
+    for option, default in OPTIONS.items():
+        assert found["main_args"].pop(option) == default
+    expected = parse_as_asteroid_does(argv)
+    assert found == expected
+    kinds = [
+        {key: type(value) for section in conf.values() for key, value in section.items()}
+        for conf in (found, expected)
+    ]
+    assert kinds[0] == kinds[1]
 
 
 def test_every_key_is_a_flag():
