@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, make_record, needs_shared
+from conftest import make_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,23 +198,3 @@ def test_any_scores_are_read(tmp_path_factory, targets, packed):
         shortest = min(map(len, metrics.values()))
         for metric, values in metrics.items():
             np.testing.assert_array_equal(found[name][metric], values[:shortest])
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    "system, medians",
-    [
-        ("OpenUnmix", {"vocals": 6.319, "drums": 5.731, "bass": 5.234, "other": 4.020}),
-        ("MMDenseLSTM", {"vocals": 7.159, "accompaniment": 13.737}),
-    ],
-)
-def test_published_scores_give_the_known_medians(system, medians):
-    import museval
-
-    store = museval.EvalStore()
-    files = sorted((SHARED / "data" / "museval_scores" / system / "test").glob("*.json.gz"))
-    assert len(files) == 50
-    for path in files:
-        store.add_track(make_track_store(path.name.removesuffix(".json.gz"), read_scores(path)))
-    found = store.agg_frames_tracks_scores().unstack()["SDR"]
-    assert {target: round(found[target], 3) for target in medians} == medians
