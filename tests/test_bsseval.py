@@ -179,6 +179,19 @@ def test_a_singular_matrix_is_solved_by_least_squares(monkeypatch):
     assert_same(expected, np.stack(bss_eval(references, estimates, 3000, 3000)))
 
 
+def test_museval_solves_a_singular_matrix_with_any_numpy(monkeypatch):
+    """numpy 2.4 removed a name that museval uses there alone."""
+    references, estimates = make_signals((1, 3000, 1))
+    monkeypatch.delattr(np.linalg, "linalg", raising=False)
+    expected, _ = evaluate_both(references, estimates)
+
+    def refuse(*args):
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(np.linalg, "solve", refuse)
+    assert_same(*map(np.stack, (expected, import_museval().evaluate(references, estimates))))
+
+
 @pytest.mark.parametrize(
     "references, estimates, window, hop, words",
     [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, make_stems, random_model, start_python, write_song, write_times
+from conftest import make_stems, random_model, start_python, write_song, write_times
 
 from local import separate as command
 from local.checkpoint import load_model
@@ -162,7 +162,7 @@ def test_what_exists_is_kept_unless_overwritten(flags, tmp_path, capsys):
     assert (tmp_path / "out" / "song" / "accompaniment.wav").is_file()
 
 
-def test_broken_songs_are_reported_and_the_others_go_on(flags, tmp_path, capsys):
+def test_broken_songs_are_reported_and_the_others_separated(flags, tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "a noise.mp3").write_bytes(rng.bytes(3000))
     (tmp_path / "b empty.wav").write_bytes(b"")
@@ -211,7 +211,7 @@ def test_clipped_samples_are_counted(flags, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["one.wav", "...wav", b"not utf-8 \xff.wav"])
 @pytest.mark.parametrize("rate", [RATE, 3 * RATE, RATE // 2])
-def test_a_song_of_one_sample_and_odd_names(name, rate, flags, tmp_path, monkeypatch):
+def test_a_song_of_one_sample_and_awkward_names(name, rate, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sf.write(os.fsencode(name), np.full((1, 2), 0.5), rate, format="WAV")
     assert separate_songs(os.fsdecode(name), *flags) == 0
@@ -293,10 +293,28 @@ def test_a_gpu_that_is_not_there(checkpoints, tmp_path, error_of):
     assert "use --device cpu" in error_of(command.main, *args)
 
 
-# Streams, as real processes.
+# Streams
+
+
+@pytest.fixture
+def stream(checkpoints, tmp_path, monkeypatch, capsys):
+    """Runs the command on raw bytes in a file; returns its status, what it wrote, its stderr."""
+
+    def stream(raw: bytes, *args, checkpoint="causal", **streams) -> tuple[int, bytes, str]:
+        (tmp_path / "in").write_bytes(raw)
+        words = ["--checkpoint", checkpoints[checkpoint], "--stream", *args]
+        with open(tmp_path / "in") as source, open(tmp_path / "raw", "w") as sink:
+            with monkeypatch.context() as patch:
+                for name, file in {"stdin": source, "stdout": sink, **streams}.items():
+                    patch.setattr(sys, name, file)
+                status = separate_songs(*words)
+        return status, (tmp_path / "raw").read_bytes(), capsys.readouterr().err
+
+    return stream
 
 
 def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
+    """Starts a stream between pipes, as a process of its own."""
     words = ["-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return start_python(*words, **{"text": False, **pipes, **kwargs})
@@ -321,19 +339,18 @@ def streamed(checkpoint: Path, mixture: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("target", ["vocals", "accompaniment", "both"])
-def test_a_stream_is_the_whole_forward(target, checkpoints, mixture):
-    process = start(checkpoints["causal"], target)
-    out, error = process.communicate(to_bytes(mixture), timeout=120)
-    assert process.returncode == 0, error
+def test_a_stream_is_the_whole_forward(target, checkpoints, mixture, stream):
+    status, out, error = stream(to_bytes(mixture), target)
+    assert status == 0
     vocals, accompaniment = streamed(checkpoints["causal"], mixture)
     expected = {"vocals": vocals, "accompaniment": accompaniment}
     expected["both"] = torch.cat([vocals, accompaniment])
     found = from_bytes(out, channels=len(expected[target]))
     torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
-    assert "latency 7 samples (0.4 ms)" in error.decode()
+    assert "latency 7 samples (0.4 ms)" in error
 
 
-def test_it_stands_between_ffmpeg_and_ffmpeg(checkpoints, tmp_path):
+def test_a_stream_between_ffmpeg_and_ffmpeg(checkpoints, tmp_path):
     write_song(tmp_path / "song.flac", rate=44100, seconds=1)
     raw = f"-f f32le -ar {RATE} -ac 2".split()
     decoder = subprocess.Popen(
@@ -401,45 +418,37 @@ def test_a_reader_that_goes_away_is_no_traceback(checkpoints):
         (b"\xff" * 16, 2, 0, "error: stdin: the mixture holds NaN or infinity"),
     ],
 )
-def test_streams_of_odd_ends(raw, status, length, message, checkpoints):
-    process = start(checkpoints["causal"])
-    out, error = process.communicate(raw, timeout=120)
-    assert (process.returncode, len(out)) == (status, length)
-    assert message in error.decode()
-    assert "Traceback" not in error.decode()
+def test_the_end_of_a_stream(raw, status, length, message, stream):
+    found, out, error = stream(raw)
+    assert (found, len(out)) == (status, length)
+    assert message in error
 
 
-def test_a_model_that_cannot_be_streamed(checkpoints):
-    process = start(checkpoints["non-causal"])
-    out, error = process.communicate(b"", timeout=120)
-    assert (process.returncode, out) == (2, b"")
-    assert "error: --stream: only a causal model" in error.decode()
+def test_a_model_that_cannot_be_streamed(stream):
+    status, out, error = stream(b"", checkpoint="non-causal")
+    assert (status, out) == (2, b"")
+    assert "error: --stream: only a causal model" in error
 
 
-@pytest.mark.parametrize("closed, name", [("<&-", "stdin"), (">&-", "stdout")])
-def test_a_closed_pipe_is_no_stream(closed, name, checkpoints):
-    code = f'"$0" -m local.separate --stream --checkpoint "$1" {closed}'
-    result = subprocess.run(
-        ["bash", "-c", code, sys.executable, checkpoints["causal"]], cwd=ROOT, capture_output=True
-    )
-    assert result.returncode == 2
-    assert f"{name} is closed: use pipes" in result.stderr.decode()
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_a_closed_pipe_is_no_stream(name, stream):
+    status, _, error = stream(b"", **{name: None})  # as Python has it
+    assert status == 2
+    assert f"{name} is closed: use pipes" in error
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_stream_to_a_full_disk(checkpoints):
-    with open("/dev/full", "wb") as full:
-        process = start(checkpoints["causal"], stdout=full)
-        _, error = process.communicate(bytes(8000), timeout=120)
-    assert process.returncode == 2
-    assert "stdin or stdout: No space left on device" in error.decode()
+def test_a_stream_to_a_full_disk(stream):
+    with open("/dev/full", "w") as full:
+        status, _, error = stream(bytes(8000), stdout=full)
+    assert status == 2
+    assert "stdin or stdout: No space left on device" in error
 
 
-def test_a_terminal_is_no_stream(checkpoints):
+def test_a_terminal_is_no_stream(stream):
     terminal, other_end = os.openpty()
-    process = start(checkpoints["causal"], stdin=other_end)
-    _, error = process.communicate(timeout=120)
+    with open(other_end) as stdin:
+        status, _, error = stream(b"", stdin=stdin)
     os.close(terminal)
-    os.close(other_end)
-    assert process.returncode == 2
-    assert "stdin is a terminal: use pipes" in error.decode()
+    assert status == 2
+    assert "stdin is a terminal: use pipes" in error

@@ -1,8 +1,8 @@
-"""BSSEval v4: the numbers of `museval.evaluate`, many times faster and in little memory.
+"""BSSEval v4: the same numbers as `museval.evaluate`, faster and in less memory.
 
 Vincent, Gribonval & Févotte, "Performance measurement in blind audio source separation" (IEEE TASLP
 14(4), 2006) define the ratios; in Stöter, Liutkus & Ito, "The 2018 Signal Separation Evaluation
-Campaign" (LVA/ICA 2018, section 3), as here, the distortion filters are those of the whole track.
+Campaign" (LVA/ICA 2018, section 3) and here, one distortion filter serves the whole track.
 """
 
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ from scipy.fft import irfft, rfft
 RATIOS = ("SDR", "ISR", "SIR", "SAR")  # in the order in which museval returns them
 TAPS = 512  # of the distortion filters
 BLOCK = 4096  # samples in a transform
-STEP = BLOCK - TAPS + 1  # of them without circular convolution
-BLOCKS_AT_ONCE = 13  # those of a second; what they take stays in the cache
+STEP = BLOCK - TAPS + 1  # samples of a transform that circular convolution leaves valid
+BLOCKS_AT_ONCE = 13  # a second of audio; fits into the CPU's cache
 MOST_SOURCES = 100  # as in museval
 
 
 def bss_eval(
     references: np.ndarray, estimates: np.ndarray, window: float = 44100, hop: float = 44100
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(SDR, ISR, SIR, SAR) in dB of every frame.
+    """Return SDR, ISR, SIR and SAR in dB of every frame.
 
-    Each estimate belongs to the reference at its place, and is cut or padded to its length. A frame
-    in which the channels of a reference or an estimate sum to zero throughout is NaN for all
-    sources; samples after the last whole frame count for the filters alone.
+    Estimates are cut or zero-padded to the length of the references. A frame is NaN for all sources
+    where the channels of a reference or an estimate sum to zero in all its samples. Samples after
+    the last whole frame are used for the filters alone.
 
     Args:
-        window: length of a frame in samples; np.inf, or more than there is, for one frame of all.
+        window: length of a frame in samples; np.inf, or more than there are, for a single frame.
         hop: from the start of a frame to that of the next, in samples.
 
     Shape:
@@ -37,9 +37,9 @@ def bss_eval(
         - output: four times (sources, frames), float64; empty where the input is
 
     Raises:
-        ValueError: the shapes differ, a source is silent from beginning to end (or its channels
-            cancel out), there are no frames of that size, or (unlike museval) there is NaN or
-            infinity.
+        ValueError: the shapes differ, a reference or an estimate is silent throughout (or its
+            channels cancel out), window or hop is out of range, or (unlike museval) a sample is NaN
+            or infinity.
     """
     references, estimates = np.atleast_3d(references), np.atleast_3d(estimates)
     estimates = _fit_length(estimates, references.shape[1])
@@ -57,7 +57,7 @@ def bss_eval(
 def framewise_sdr(
     references: np.ndarray, estimates: np.ndarray, window: float = 44100, hop: float = 44100
 ) -> np.ndarray:
-    """The SDR of `bss_eval` alone, which needs no filters.
+    """Return the SDR of `bss_eval` alone, which needs no filters.
 
     Shape:
         - references, estimates: (sources, samples, channels)
@@ -71,7 +71,7 @@ def framewise_sdr(
 
 
 def energies(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """Those of the references and of what the estimates differ by.
+    """Return the energies of the references and of the errors of the estimates.
 
     Shape:
         - references, estimates: (sources, samples, channels)
@@ -103,7 +103,7 @@ def _check(references: np.ndarray, estimates: np.ndarray) -> None:
 
 
 def _any_silent(signals: np.ndarray) -> bool:
-    """Whether the channels of some (sources, samples, channels) sum to zero throughout."""
+    """Tell whether the channels of a source sum to zero in all of (sources, samples, channels)."""
     return any(
         not any((part @ np.ones(part.shape[1])).any() for part in _parts(signal))
         for signal in signals
@@ -125,7 +125,7 @@ def _frames(time: int, window: float, hop: float) -> list[slice]:
 def _audible(
     references: np.ndarray, estimates: np.ndarray, frames: list[slice]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number, references, estimates) of the frames in which nothing is silent."""
+    """Yield (number, references, estimates) of the frames in which no signal is silent."""
     for number, frame in enumerate(frames):
         reference, estimate = references[:, frame], estimates[:, frame]
         if not (_any_silent(reference) or _any_silent(estimate)):
@@ -133,12 +133,13 @@ def _audible(
 
 
 def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """The least-squares filters from references to estimates, as frequency responses.
+    """Return the least-squares filters from references to estimates, as frequency responses.
 
     Shape:
         - references, estimates: (sources, samples, channels)
-        - output: (BLOCK // 2 + 1, 2 x channels of all sources, channels of all sources): from a
-          reference's channels to its own estimate's; below these, from all channels to all
+        - output: (BLOCK // 2 + 1, 2 x channels of all sources, channels of all sources). The first
+          half of the rows filters a reference to its own estimate, the second half all references
+          to each estimate.
     """
     sources, _, channels = references.shape
     count = sources * channels
@@ -160,7 +161,7 @@ def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.n
 
 
 def _correlate(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """Sums over t of reference[t] signal[t + lag], for every pair of channels.
+    """Return the sums over t of reference[t] signal[t + lag], for every pair of channels.
 
     Shape:
         - references, estimates: (sources, samples, channels)
@@ -175,10 +176,10 @@ def _correlate(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
 
 
 def _blocks(signals: np.ndarray, before: int) -> Iterator[np.ndarray]:
-    """Blocks of BLOCK samples every STEP, some at once, zeros beyond both ends.
+    """Yield blocks of BLOCK samples every STEP, several at a time, with zeros beyond both ends.
 
     Args:
-        before: samples before the signals at which the first block starts.
+        before: samples between the start of the first block and the start of the signals.
 
     Shape:
         - signals: (sources, samples, channels)
@@ -199,7 +200,7 @@ def _blocks(signals: np.ndarray, before: int) -> Iterator[np.ndarray]:
 
 
 def _gram(lags: np.ndarray) -> np.ndarray:
-    """(R, R, TAPS) correlations to the (R x TAPS, R x TAPS) products of delayed references."""
+    """Turn (R, R, TAPS) correlations into (R x TAPS, R x TAPS) products of delayed references."""
     both_ways = np.concatenate([lags[..., :0:-1], lags.transpose(1, 0, 2)], axis=-1)
     # Row m of a Toeplitz matrix starts at lag -m.
     rows = sliding_window_view(both_ways, TAPS, axis=-1)[..., ::-1, :]
@@ -215,11 +216,11 @@ def _solve(gram: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _score_frame(reference: np.ndarray, estimate: np.ndarray, responses: np.ndarray) -> np.ndarray:
-    """(SDR, ISR, SIR, SAR) of a frame, cut out before it is filtered.
+    """Return SDR, ISR, SIR and SAR of a frame, which is cut out before it is filtered.
 
     Shape:
         - reference, estimate: (sources, samples, channels)
-        - responses: as of `_distortion_responses`
+        - responses: see `_distortion_responses`
         - output: (4, sources)
     """
     sources, _, channels = reference.shape

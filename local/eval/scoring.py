@@ -43,7 +43,7 @@ USDR_FLOOR = 1e-7  # the challenges add it to both energies
 USDR_SAMPLES = 2**16  # at a time
 # What takes seconds to import. The fork server imports it once for all scoring processes. Modules
 # of this project are not here: the server may run in a folder where it cannot find them.
-IMPORTS = ["museval", "torch", "huggingface_hub.hub_mixin", "scipy.fft", "soundfile"]
+IMPORTS = ["museval", "scipy.fft", "soundfile"]
 
 
 def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0]) -> tuple:
