@@ -180,3 +180,25 @@ def test_every_link_leads_somewhere(path):
         target = (ROOT / path).parent / name if name else ROOT / path
         assert target.exists(), link
         assert not anchor or anchor in find_anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_map_has_a_line_for_every_file():
+    tables, _, _ = READMES["local/README.md"].partition("| where is")
+    named, folder = [], ""
+    for row in re.findall(r"^\| (?:`(.*?)`)? ?\|", tables, re.MULTILINE):
+        if row and not row.endswith("/"):
+            named.append(f"{folder}{row}")
+        else:
+            folder = row
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("local/**/*.py")}
+    files |= {"train.py", "eval.py", "run.sh", "conf.yml"}
+    assert sorted(named) == sorted(name for name in files if not name.endswith("__init__.py"))
+
+
+def test_what_the_map_finds_is_there():
+    _, _, table = READMES["local/README.md"].partition("| where is")
+    found = re.findall(r"`([\w.]+)`, ([\w/]+\.py)", table.partition("\n\n")[0])
+    assert len(found) > 9
+    for name, path in found:
+        places = [place for place in (ROOT / "local" / path, ROOT / path) if place.exists()]
+        assert name.split(".")[-1] in places[0].read_text(encoding="utf-8"), f"{name}, {path}"
