@@ -39,7 +39,7 @@ LIBRARIES = (
     *("scipy.signal", "soundfile", "soxr", "stempeg", "tensorboard", "threadpoolctl", "torch"),
     *("torch.utils.tensorboard", "tqdm.auto", "truststore", "yaml"),
 )
-NUMBER = struct.Struct("i")
+MESSAGE = struct.Struct("ci")  # b"p" and the number of the process, then b"s" and its status
 
 
 # The side of the tests
@@ -137,19 +137,19 @@ class ForkedProcess:
         self.args, self._connection = args, connection
         self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
         self.returncode = None
-        self.pid = self._receive()
+        self.pid = self._receive(b"p")
 
-    def _receive(self) -> int:
-        content = self._connection.recv(NUMBER.size, socket.MSG_WAITALL)
-        if len(content) < NUMBER.size:
-            raise RuntimeError("the fork server has ended")
-        return NUMBER.unpack(content)[0]
+    def _receive(self, kind: bytes) -> int:
+        content = self._connection.recv(MESSAGE.size, socket.MSG_WAITALL)
+        if content[:1] != kind:
+            raise RuntimeError("the fork server has ended, or could not start the program")
+        return MESSAGE.unpack(content)[1]
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = self._receive()
+            self.returncode = self._receive(b"s")
             self._connection.close()  # until then its number is given to no other process
         return self.returncode
 
@@ -243,7 +243,7 @@ def watch(program: int, connection: socket.socket, streams: list[int]) -> None:
     end = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
     status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
     with suppress(BrokenPipeError):
-        connection.sendall(NUMBER.pack(status))
+        connection.sendall(MESSAGE.pack(b"s", status))
         while connection.recv(4096):
             pass
     os._exit(0)
@@ -267,13 +267,13 @@ def become(connection: socket.socket, streams: list[int]) -> list[str]:
         os.environ.update(request["env"])
         np.random.seed()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-        connection.sendall(NUMBER.pack(os.getpid()))
+        connection.sendall(MESSAGE.pack(b"p", os.getpid()))
     return request["args"]
 
 
 def open_standard_streams() -> None:
     """Opens them again: Python notes at its start whether a stream is a terminal or a file."""
-    unbuffered = bool(sys.flags.unbuffered)
+    unbuffered = sys.stdout.write_through
     size = 0 if unbuffered else -1
     stdout, stderr = (open(number, "wb", size, closefd=False) for number in (1, 2))
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
