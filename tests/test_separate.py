@@ -314,7 +314,7 @@ def stream(checkpoints, tmp_path, monkeypatch, capsys):
 
 
 def start(checkpoint: Path, *args, **kwargs) -> subprocess.Popen:
-    """Starts a stream between pipes, as a process of its own."""
+    """Starts a stream between pipes."""
     words = ["-m", "local.separate", "--checkpoint", checkpoint, "--stream", *args]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return start_python(*words, **{"text": False, **pipes, **kwargs})
