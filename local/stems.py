@@ -1,4 +1,4 @@
-"""MUSDB18 as distributed, one .stem.mp4 per track, to the wav tree of MUSDB18-HQ.
+"""Convert MUSDB18, one .stem.mp4 file per track, to wav files in the layout of MUSDB18-HQ.
 
 `python -m local.stems ROOT OUT` decodes ROOT/{train,test}/TRACK.stem.mp4 to
 OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
@@ -12,12 +12,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
+from local.tools.command_line import (
+    OneLineParser,
+    UserError,
+    clear_errors,
+    plural,
+    raise_together,
+)
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.files import atomic_path
 
 SUFFIX = ".stem.mp4"
-# The order of the audio streams in a file.
+# The audio streams of a file, in their order.
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")
 
 
@@ -31,11 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
         decoded, kept = decode_tree(args.root, args.out, args.jobs)
-    print(f"{args.out}: {decoded} tracks decoded, {kept} there already")
+    print(f"{args.out}: {plural(decoded, 'track')} decoded, {kept} there already")
 
 
 def stem_files(root: Path, split: str) -> list[Path]:
-    """The .stem.mp4 files of ROOT/`split`, sorted by name."""
+    """Return the .stem.mp4 files of ROOT/`split`, sorted by name."""
     return sorted((root / split).glob(f"[!.]*{SUFFIX}"))
 
 
@@ -44,7 +50,7 @@ def track_name(stem_file: Path) -> str:
 
 
 def probe_rate(stem_file: Path) -> int | None:
-    """The sampling rate of a file in Hz; None where there is nothing that ffprobe can read."""
+    """Return the sampling rate of a file in Hz; None where ffprobe cannot read it."""
     command = ["ffprobe", "-loglevel", "error", "-select_streams", "a:0"]
     command += ["-show_entries", "stream=sample_rate", "-of", "csv=p=0", stem_file]
     shown = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -52,11 +58,14 @@ def probe_rate(stem_file: Path) -> int | None:
 
 
 def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
-    """Decodes every track that is not in `out` yet; returns how many it decoded, how many it kept.
+    """Decode every track that is not in `out` yet.
+
+    Returns:
+        (number of tracks decoded, number of tracks there already).
 
     Raises:
-        UserError: ffmpeg is missing, there is nothing to decode, or lists the tracks that failed,
-            after decoding the others.
+        UserError: ffmpeg is missing; there is nothing to decode; or some tracks failed, which it
+            lists after decoding the others.
     """
     need_ffmpeg()
     files = {path: out / split for split in ("train", "test") for path in stem_files(root, split)}
@@ -76,16 +85,15 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
                     raise fault
                 bar.update()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # else leaving the pool would wait for all of them
+            pool.shutdown(cancel_futures=True)  # else the pool would decode all tracks first
             raise
-    raise_together(
-        sorted(faults), heading=f"{len(missing) - len(faults)} tracks decoded, not these"
-    )
+    done = plural(len(missing) - len(faults), "track")
+    raise_together(sorted(faults), heading=f"{done} decoded, {len(faults)} failed")
     return len(missing), len(folders) - len(missing)
 
 
 def decode_track(stem_file: Path, folder: Path, names: Sequence[str] = STREAMS) -> None:
-    """Writes the streams of a file as 16-bit wav; `folder` appears when all are there.
+    """Write the streams of a file as 16-bit wav. `folder` appears when all are written.
 
     Raises:
         UserError: the file cannot be decoded, or the folder cannot be written.

@@ -34,7 +34,7 @@ def test_only_what_is_missing_is_decoded(excerpts, tmp_path, capsys):
     made = (kept / "vocals.wav").stat().st_mtime_ns
     shutil.rmtree(gone)
     main([str(excerpts), str(tmp_path)])
-    assert "1 tracks decoded, 1 there already" in capsys.readouterr().out
+    assert "1 track decoded, 1 there already" in capsys.readouterr().out
     assert sorted(path.name for path in gone.iterdir()) == sorted(f"{s}.wav" for s in STREAMS)
     assert (kept / "vocals.wav").stat().st_mtime_ns == made
 
@@ -46,7 +46,7 @@ def test_a_broken_file_is_named_and_the_others_are_decoded(excerpts, tmp_path, s
     broken.write_bytes(broken.read_bytes()[:size])
     with pytest.raises(UserError) as error:
         decode_tree(root, out, jobs=2)
-    assert "1 tracks decoded, not these" in str(error.value)
+    assert "1 track decoded, 1 failed" in str(error.value)
     assert broken.name in str(error.value)
     assert list((out / "train").iterdir()) == []
     assert len(list((out / "test").iterdir())) == 1
