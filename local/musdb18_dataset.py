@@ -101,10 +101,11 @@ class SegmentDataset(Dataset):
             if not isinstance(position, tuple):
                 position = 0, range(len(self))[position]  # an IndexError ends a for loop
             rng = np.random.default_rng((self.seed, *position))
-            mix_targets((self._draw_stem(source, rng) for source in SOURCES), *item)
+            mix_targets((self.draw_stem(source, rng) for source in SOURCES), *item)
         return batch
 
-    def _draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
+    def draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
+        """(samples of a segment, (2, length); what to multiply them by), augmented."""
         number = rng.integers(len(self.tracks))
         self.reading.note(number, SOURCES.index(source))
         track = self.tracks[number]
