@@ -65,6 +65,7 @@ def fit(system: MusicSystem, exp_dir, epochs=1, callbacks=(), resume=None, **opt
     return trainer
 
 
+@pytest.mark.smoke
 def test_val_loss_is_the_mean_l1_over_whole_items(tmp_path):
     system = make_system(parse_conf(FLAGS))
     trainer = fit(system, tmp_path)
