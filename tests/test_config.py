@@ -202,7 +202,8 @@ def test_help_shows_the_comments_of_conf_yml(capsys):
     with pytest.raises(SystemExit):
         parse_conf(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--segment SEGMENT seconds in a training item [5.0]" in text
+    segment = parse_conf(["--root", "X"])["data"]["segment"]
+    assert f"--segment SEGMENT seconds in a training item [{segment}]" in text
 
 
 TORCHAUDIO = {
