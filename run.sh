@@ -75,6 +75,9 @@ if [ "${1:-}" = test ]; then
     cd "$here"
     "$python" -m ruff check .
     "$python" -m ruff format --check .
+    if [ $# = 0 ]; then
+        set -- --numprocesses logical --maxprocesses 4 --dist worksteal
+    fi
     exec "$python" -m pytest "$@"
 fi
 

@@ -226,6 +226,7 @@ def test_what_is_not_finite_is_refused(value):
             bss_eval(*signals)
 
 
+@pytest.mark.smoke
 def test_time_invariant_filters_are_no_artifact():
     """Each source through filters of its own: spatial distortion, and nothing else."""
     rng = np.random.default_rng(0)

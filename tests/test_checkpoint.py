@@ -44,6 +44,7 @@ def error_of(source) -> str:
     return str(error.value)
 
 
+@pytest.mark.smoke
 def test_best_model_needs_nothing_else_to_be_rebuilt(tmp_path, conf, model):
     path = tmp_path / "best_model.pth"
     save_best_model(path, model, conf)

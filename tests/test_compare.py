@@ -155,6 +155,7 @@ def test_a_track_keeps_the_dots_of_its_name(tmp_path):
     assert set(read_table(run=tmp_path)["track"]) == {KNOCKOUT, "A.json"}
 
 
+@pytest.mark.smoke
 def test_a_row_says_what_the_frames_hold(tmp_path):
     write_scores(tmp_path, "A", {"vocals": [np.nan, 1, 2, 6]}, SIR=5)
     table = read_table(run=tmp_path).set_index("metric")
@@ -368,6 +369,7 @@ def test_json_of_something_else_is_named(tmp_path, error_of, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.smoke
 def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
     write_run(tmp_path / "a", tracks=["\x1b[31mred", "two\nlines"])
     text = compare([tmp_path / "a"], tmp_path / "out")

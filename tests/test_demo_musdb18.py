@@ -49,6 +49,7 @@ def levels(audio, seconds):
     return np.sqrt((stretches**2).mean(axis=(0, 2)))
 
 
+@pytest.mark.smoke
 def test_the_tree_is_laid_out_like_musdb18(tree):
     assert [len(list((tree / split).iterdir())) for split in ("train", "test")] == [1 + 2, 3]
     train_names = {folder.name for folder in (tree / "train").iterdir()}

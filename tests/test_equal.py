@@ -98,6 +98,7 @@ def edited(request, monkeypatch) -> ConvTasNetStereo:
     return model
 
 
+@pytest.mark.smoke
 def test_an_edited_model_trains_and_separates_as_edited(edited):
     assert find_difference(edited, training=True)
     mixture, device = torch.randn(2, 1500), torch.device("cpu")

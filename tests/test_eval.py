@@ -60,6 +60,7 @@ def results(experiment, tmp_path_factory):
     return exp_dir / "out", result
 
 
+@pytest.mark.smoke
 def test_everything_promised_is_written(results):
     out, result = results
     for name in TEST_NAMES:

@@ -41,6 +41,7 @@ def test_a_program_ends_and_writes_as_in_a_new_python(code, status):
     assert results[0] == results[1]
 
 
+@pytest.mark.smoke
 def test_scripts_and_modules_find_what_is_beside_them(tmp_path):
     (tmp_path / "beside.py").write_text("NAME = __name__")
     code = "import sys, beside; print(__name__, __file__, sys.argv, sys.path[0], __spec__ is None)"

@@ -71,6 +71,7 @@ def test_matches_the_baseline_of_the_challenge():
     assert (full - golden["full_forward"][0]).norm() / full.norm() < 1e-6
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("length", [1, 99, 100, 101, 999, 1099, 1100, 1101, 1200, 2200, 4321])
 @pytest.mark.parametrize("overlap", [0, 0.001, 0.1, 0.9])
 def test_an_identity_model_returns_the_mixture(length, overlap):
@@ -216,6 +217,7 @@ def test_the_result_stays_with_the_mixture_and_keeps_no_graph(method):
     assert not estimates.requires_grad
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", METHODS)
 def test_an_array_gives_an_array(method):
     model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})

@@ -64,6 +64,7 @@ def entered(monkeypatch):
     monkeypatch.setitem(MODELS, "Strict", Strict)
 
 
+@pytest.mark.smoke
 def test_a_model_knows_what_is_asked_of_any(entered):
     model = build_model("Doubled", SHARED)
     assert (model.C, model.audio_channels, model.samplerate) == (2, 2, 8000)

@@ -439,6 +439,7 @@ def test_a_file_replaced_by_one_of_another_format_is_read(changing, noise):
 # Items
 
 
+@pytest.mark.smoke
 def test_the_mixture_is_the_sum_of_the_targets(segments):
     mixture, targets = segments[0, 5]
     assert mixture.shape == (2, LENGTH)
@@ -529,6 +530,7 @@ def test_four_targets_are_stacked_in_the_published_order(tracks):
     torch.testing.assert_close(mixture, targets.sum(0), rtol=0, atol=1e-7)
 
 
+@pytest.mark.smoke
 def test_a_validation_item_is_a_whole_track_as_it_is(tracks):
     mixture, targets = TrackDataset(tracks)[2]
     assert targets.shape == (2, 2, tracks[2].length)
@@ -621,6 +623,7 @@ def loaded_epochs(dataset, workers: int, context=None) -> list[torch.Tensor]:
     return epochs
 
 
+@pytest.mark.smoke
 def test_epochs_are_the_same_for_any_number_of_workers(segments):
     alone = loaded_epochs(segments, 0)
     assert len(alone[0]) == 30  # the incomplete batch is dropped

@@ -113,6 +113,7 @@ def flags(exp_dir, root) -> list[str]:
     return ["--exp_dir", str(exp_dir), "--root", str(root), *TINY_RUN, "--check"]
 
 
+@pytest.mark.smoke
 def test_a_check_says_what_the_run_would_be_and_writes_nothing(corpus, tmp_path, capsys):
     train.main(flags(tmp_path / "a" / "run", corpus))
     printed = capsys.readouterr().out

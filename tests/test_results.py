@@ -34,6 +34,7 @@ def test_the_tables_show_the_gain_over_the_mixture_and_missing_frames(scored):
         assert len({len(line) for line in table}) == 1
 
 
+@pytest.mark.smoke
 def test_written_results_are_read_by_museval(scored, tmp_path):
     import museval
 

@@ -233,6 +233,7 @@ def test_killed_at_any_point_it_goes_on(undisturbed_by_chaos, corpus, tmp_path):
         assert end_of(tmp_path / str(number)) == end_of(expected), point
 
 
+@pytest.mark.smoke
 def test_a_moved_run_goes_on(undisturbed, corpus, tmp_path, monkeypatch):
     run_until(20, flags(tmp_path / "before", corpus), monkeypatch)
     shutil.move(tmp_path / "before", tmp_path / "after")
@@ -240,6 +241,7 @@ def test_a_moved_run_goes_on(undisturbed, corpus, tmp_path, monkeypatch):
     assert end_of(tmp_path / "after") == end_of(undisturbed)
 
 
+@pytest.mark.smoke
 def test_a_finished_run_says_so_and_changes_nothing(undisturbed, corpus, capsys):
     before = write_times(undisturbed)
     train.main(flags(undisturbed, corpus))

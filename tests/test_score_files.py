@@ -53,6 +53,7 @@ def save(out: Path, name="M.E.R.C. Music - Knockout", seed=0, **changes) -> Scor
     return load_track(out, name)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["M.E.R.C. Music - Knockout", 'L\'été & "Friends"', "a.json"])
 def test_what_is_saved_is_loaded(name, tmp_path):
     found = save(tmp_path, name)

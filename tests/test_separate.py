@@ -49,6 +49,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     return {path.stem: sf.read(path, dtype="float32")[0] for path in folder.iterdir()}
 
 
+@pytest.mark.smoke
 def test_the_estimates_are_those_of_the_model(flags, checkpoints, tmp_path):
     audio = write_song(tmp_path / "song.wav")
     assert separate_songs(tmp_path / "song.wav", *flags, "--float32") == 0

@@ -63,6 +63,7 @@ def test_what_a_killed_run_left_is_replaced(excerpts, tmp_path):
     assert len(list(folder.iterdir())) == 5
 
 
+@pytest.mark.smoke
 def test_names_with_dots_keep_them():
     assert track_name(Path("train/M.E.R.C. Music - Knockout.stem.mp4")) == (
         "M.E.R.C. Music - Knockout"

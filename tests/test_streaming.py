@@ -55,6 +55,7 @@ def test_any_split_gives_the_whole_forward(conf, splits):
     assert_within_rounding(model, mixture, stream(model, mixture, splits))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 299, 300])
 def test_blocks_of_one_size_give_the_whole_forward(size):
     model, mixture = make_model(), torch.randn(2, 300)

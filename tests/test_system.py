@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import FIXED
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,7 @@ from local.train.display import ProgressBar
 from local.train.epochs import EpochStatistics, SkippedSteps, StopAtMaxSteps
 from local.train.loaders import EpochSampler
 
-FLAGS = "--root X --N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()
+FLAGS = ["--root", "X", *FIXED, *"--N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()]
 
 
 def make_batches(items: int, length: int) -> TensorDataset:
@@ -65,6 +66,7 @@ def fit(system: MusicSystem, exp_dir, epochs=1, callbacks=(), resume=None, **opt
     return trainer
 
 
+@pytest.mark.smoke
 def test_val_loss_is_the_mean_l1_over_whole_items(tmp_path):
     system = make_system(parse_conf(FLAGS))
     trainer = fit(system, tmp_path)

@@ -77,6 +77,7 @@ def test_even_taps_work_when_causal():
     torch.testing.assert_close(model(mixture), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("norm_type", ["cLN", "BN", "id"])
 @pytest.mark.parametrize("cut", [40, 101, 160])
 def test_a_causal_model_ignores_the_future(norm_type, cut):
@@ -120,6 +121,7 @@ def test_constant_frames_add_up_to_how_many_overlap(L):
     assert torch.equal(added[0], counts)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(2, 100), (1, 1, 100), (1, 3, 100), (1, 2, 2, 100)])
 def test_a_wrong_shape_is_named(shape):
     with pytest.raises(ValueError) as error:
@@ -171,6 +173,7 @@ def test_every_weight_with_dimensions_starts_xavier_normal():
     assert model.separator.network[2][0][0].net[1].weight.tolist() == [0.25]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_model_survives_save_and_from_pretrained(causal, tmp_path):
     model = small_model(causal=causal, norm_type="cLN")

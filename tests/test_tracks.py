@@ -44,6 +44,7 @@ def test_a_stem_root_reads_as_musdb_reads_it(excerpts):
     np.testing.assert_array_equal(read_mixture(track).T, expected.audio)
 
 
+@pytest.mark.smoke
 def test_a_flac_tree_reads_like_a_wav_tree(corpus, tmp_path):
     flac = open_test_set(write_corpus(tmp_path, suffix="flac"), RATE, "flac")
     for one, other in zip(open_test_set(corpus, RATE, "wav"), flac, strict=True):

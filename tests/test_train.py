@@ -49,6 +49,7 @@ def values_of(experiment, column: str) -> list[float]:
 # A run
 
 
+@pytest.mark.smoke
 def test_a_run_writes_everything_it_promises(experiment, corpus):
     assert {path.name for path in experiment.iterdir()} == {
         *("conf.yml", "checkpoints", "best_k_models.json", "best_model.pth"),
@@ -73,6 +74,7 @@ def test_losses_learning_rate_and_speed_are_logged(experiment):
     assert values_of(experiment, "lr") == pytest.approx([0.0005] * 3)
 
 
+@pytest.mark.smoke
 def test_training_lowers_the_loss(corpus, tmp_path):
     flags = [*TINY_RUN, "--epochs", "6", "--samples_per_track", "32", "--lr", "0.005"]
     train.main(["--exp_dir", str(tmp_path / "run"), "--root", str(corpus), *flags])
@@ -233,6 +235,7 @@ def refused(error_of, tmp_path):
     return run
 
 
+@pytest.mark.smoke
 def test_faults_of_the_configuration(refused, corpus):
     error = refused(corpus, "--P", 4, "--norm_type", "LN", "--batch_size", 0)
     for words in ("--P must be odd", "--norm_type must be one of", "--batch_size must be at least"):
