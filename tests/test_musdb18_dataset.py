@@ -652,7 +652,7 @@ def test_ranks_share_an_epoch(items, ranks, epoch):
     with pytest.MonkeyPatch.context() as patch:
         shares, valid = [], []
         for rank in range(ranks):
-            patch.setattr("local.train.loaders._rank_and_ranks", lambda r=rank: (r, ranks))
+            patch.setattr("local.train.loaders.find_rank", lambda r=rank: (r, ranks))
             sampler = EpochSampler(items, seed=1)
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
