@@ -1,4 +1,4 @@
-"""Separation of whole songs: by overlap-add, in full, or as a stream."""
+"""Separation of whole tracks: by overlap-add, in full, or as a stream."""
 
 from collections.abc import Callable, Iterator
 
@@ -26,24 +26,23 @@ def separate(
     progress: Progress | None = None,
     fast: str = "auto",
 ) -> Tensor | np.ndarray:
-    """Separates a song.
+    """Separates a track.
 
     - "overlap-add": window by window with crossfades, as the challenge's baseline does.
-    - "full": what the model makes of the whole song at once; by the fast formulas in a fraction
-      of the memory.
-    - "stream": the same for a causal model without gLN, in constant memory, by the fast formulas
-      alone.
+    - "full": the model's output for the whole track at once; the fast path (see local/fast) needs a
+      fraction of the memory.
+    - "stream": the same in constant memory, for a causal model without gLN; needs the fast path.
 
     Args:
-        model: in eval mode, on any device: any module from (M, audio_channels, T) to
-            (M, C, audio_channels, T) that has C, audio_channels and samplerate as attributes.
-        mixture: stays where it is; pieces of it travel to the model's device and back.
+        model: in eval mode, on any device; maps (M, audio_channels, T) to
+            (M, C, audio_channels, T) and has C, audio_channels and samplerate as attributes.
+        mixture: may be on another device than the model; pieces of it are copied.
         method: one of METHODS.
-        segment: seconds; of "overlap-add" alone.
-        overlap: seconds, fewer than the segment's; of "overlap-add" alone.
+        segment: in seconds, for "overlap-add".
+        overlap: in seconds, less than `segment`, for "overlap-add".
         progress: called with the number of samples just finished.
-        fast: "auto" goes by the fast formulas where they equal the model, "yes" refuses a model
-            that they do not equal, "no" goes through the model itself.
+        fast: "auto" uses the fast path if it equals the model, "yes" refuses a model that it does
+            not equal, "no" runs the model itself.
 
     Shape:
         - mixture: (audio_channels, T)
@@ -51,9 +50,8 @@ def separate(
           array for an array
 
     Raises:
-        ValueError: the mixture, the method, the segment or the overlap cannot be, or the model
-            cannot be streamed, is not equal to the fast formulas with fast="yes", or gives another
-            shape.
+        ValueError: an argument is invalid; or the model cannot be streamed, differs from the fast
+            path with fast="yes", or returns another shape.
     """
     if isinstance(mixture, np.ndarray):
         tensor = torch.from_numpy(np.require(mixture, requirements=["C", "W"]))
@@ -66,22 +64,22 @@ def separate(
     if method == "overlap-add":
         return _overlap_add(model, mixture, segment, overlap, progress, is_fast)
     if not is_fast:
-        return _through_model(model, mixture, progress)
-    return _by_fast_formulas(model, mixture, progress)
+        return _run_whole(model, mixture, progress)
+    return _run_fast(model, mixture, progress)
 
 
-def _by_fast_formulas(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
-    """The whole song, as a stream where the model can be streamed."""
+def _run_fast(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
+    """The fast path on a whole track, as a stream if the model can be streamed."""
     return (_full if find_stream_fault(model) else _stream)(model, mixture, progress)
 
 
 def check_method(
     model: nn.Module, method: str, segment: float, overlap: float, fast: str = "auto"
 ) -> bool:
-    """Whether `separate` goes by the fast formulas.
+    """Checks arguments of `separate`; returns whether it will use the fast path.
 
     Raises:
-        ValueError: it cannot do with these arguments.
+        ValueError: one of them is invalid, as in `separate`.
     """
     is_fast = choose_fast(model, fast)
     if method not in METHODS:
@@ -89,24 +87,25 @@ def check_method(
     if method == "overlap-add":
         if not 0 <= overlap < segment < 1e9:
             raise ValueError(
-                f"expected 0 <= overlap < segment < 1e9 seconds, got {overlap} and {segment}"
+                f"expected 0 <= overlap < segment < 1e9 seconds, got overlap {overlap} and segment"
+                f" {segment}"
             )
         least, rate = least_samples(model), model.samplerate
         if segment * rate < least:
             raise ValueError(
-                f"expected a segment of at least one filter of the model, {least / rate:.6f}"
-                f" seconds, got {segment}"
+                f"segment must be at least {least / rate:.6f} seconds, the length of the model's"
+                f" filters, got {segment}"
             )
     if method == "stream":
         if fast == "no":
-            raise ValueError("a stream goes by the fast formulas alone, and fast is no")
+            raise ValueError("method stream needs the fast path; use fast auto or yes")
         if fault := find_stream_fault(model):
             raise ValueError(fault)
     return is_fast
 
 
-def _through_model(model: nn.Module, mixture: Tensor, progress: Progress) -> Tensor:
-    """The whole song at once."""
+def _run_whole(model: nn.Module, mixture: Tensor, progress: Progress) -> Tensor:
+    """The model itself on a whole track."""
     if model.training:
         raise ValueError("expected a model in eval mode; call model.eval() first")
     estimates = run_model(model, mixture[None].to(next(model.parameters())))[0]
@@ -115,10 +114,10 @@ def _through_model(model: nn.Module, mixture: Tensor, progress: Progress) -> Ten
 
 
 def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
-    """What a model makes of mixtures: (M, audio_channels, T) -> (M, C, audio_channels, T).
+    """Runs the model: (M, audio_channels, T) -> (M, C, audio_channels, T).
 
     Raises:
-        ValueError: of another shape.
+        ValueError: it returns another shape.
     """
     batch, channels, time = mixtures.shape
     if time == 0:
@@ -140,9 +139,9 @@ def _overlap_add(
     progress: Progress,
     is_fast: bool,
 ) -> Tensor:
-    """A window opens every segment * (1 + overlap) seconds and reaches `overlap` seconds back into
-    the one before; there the two are crossfaded linearly, both ends of the ramp included. The
-    first window has nothing before it and the last nothing after it: the song's ends do not fade.
+    """Windows end every segment * (1 + overlap) seconds, and each starts `overlap` seconds before
+    the end of the one before it. There the two are crossfaded linearly, with both ends of the ramp
+    included. The start and the end of the track are not faded.
     """
     rate, time = model.samplerate, mixture.shape[-1]
     hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)
@@ -165,12 +164,12 @@ def _overlap_add(
 
 
 def count_windows(device: torch.device) -> int:
-    """How many windows go through the model together: more than one helps a GPU alone."""
+    """Windows in a batch: on a CPU, more than one gains nothing."""
     return 1 if device.type == "cpu" else 4
 
 
 def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Up to `most` neighbours of one length: padding would change what gLN sees."""
+    """Batches of up to `most` consecutive windows of one length: gLN would average over padding."""
     group = []
     for start, end in spans:
         if group and (len(group) == most or group[0][1] - group[0][0] != end - start):
@@ -181,9 +180,9 @@ def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple
 
 
 def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:
-    """(M, audio_channels, T) -> (M, C, audio_channels, T), by tiles on a CPU, where they pay."""
+    """Separates windows, by the fast path on a CPU only: on a GPU, whole windows are faster."""
     if is_fast and mixtures.device.type == "cpu":
-        whole = [_by_fast_formulas(model, mixture, lambda samples: None) for mixture in mixtures]
+        whole = [_run_fast(model, mixture, lambda samples: None) for mixture in mixtures]
         return torch.stack(whole)
     return run_model(model, mixtures)
 
@@ -202,10 +201,11 @@ def _stream(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Ten
 
 
 def _full(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
-    """Layer by layer, each over the tiles of the song, since gLN looks at the whole of it.
+    """Layer by layer, each over all tiles, since gLN averages over the whole track.
 
-    Two tensors last: the residual, and a buffer for what a block expands it to. The block's update
-    of the residual goes into rows of that buffer which are done with.
+    Two tensors have the length of the track: the residual, and a buffer for the hidden channels of
+    a block. The block's update of the residual overwrites rows of the buffer that are not needed
+    any more.
     """
     rows, like, time = RowModel(model), next(model.parameters()), mixture.shape[-1]
     estimates = mixture.new_zeros(model.C, *mixture.shape)

@@ -1,15 +1,15 @@
-"""The models that can be trained. Another one is entered here, by name.
+"""The models that can be trained. Add your own to MODELS.
 
 A model is a module that maps (M, audio_channels, T) to (M, C, audio_channels, T) for any T. Its
-constructor takes `C`, `audio_channels` and `samplerate` as keywords; any others stand in a section
-of its name in conf.yml:
+constructor takes the keywords `C`, `audio_channels` and `samplerate`, and those in the section of
+its name in conf.yml:
 
-    MODELS = {..., "MyNet": MyNet}      # here
-    model: MyNet                        # conf.yml, under training
-    MyNet: {width: 64}                  # conf.yml, at the end
+    MODELS = {..., "MyNet": MyNet}      # in this file
+    model: MyNet                        # in conf.yml, under training
+    MyNet: {width: 64}                  # in conf.yml, at the end
 
-`block_class`, where a model has it, names the class of what `--memory some` computes again;
-`encoder.length` the samples that it needs at least.
+Two attributes are optional: `block_class`, the class of the modules that `--memory some`
+recomputes; and `encoder.length`, the least number of samples of an input.
 """
 
 import inspect
@@ -24,15 +24,15 @@ from local.tools.command_line import brief
 from local.tools.random_states import keep_random_states
 
 MODELS: dict[str, type[nn.Module]] = {"ConvTasNetStereo": ConvTasNetStereo}
-PUBLISHED = "ConvTasNetStereo"  # its keywords stand in the section convtasnet, and are flags
+PUBLISHED = "ConvTasNetStereo"  # its keywords are in the section convtasnet, and are flags
 SHARED = ("C", "audio_channels", "samplerate")  # keywords of every model
 
 
 def build_model(name: str, keywords: Mapping) -> nn.Module:
-    """A model with new weights, that knows what is asked of any: SHARED.
+    """A model with new weights, and with the SHARED keywords as attributes.
 
     Raises:
-        ValueError, TypeError: there is no such model, or it cannot be made with these keywords.
+        ValueError, TypeError: `name` is not in MODELS, or its constructor refuses the keywords.
     """
     if name not in MODELS:
         raise ValueError(f"there is no model {name}; local/models.py has {', '.join(MODELS)}")
@@ -44,34 +44,34 @@ def build_model(name: str, keywords: Mapping) -> nn.Module:
 
 
 def sketch_model(name: str, keywords: Mapping) -> nn.Module:
-    """The same without its weights, where a model can be made without, and without warnings."""
+    """As build_model, but on the meta device if possible, where weights take no memory; silent."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # making the model in earnest warns
+        warnings.simplefilter("ignore")  # build_model warns later
         try:
             with torch.device("meta"):
                 return build_model(name, keywords)
         except (ValueError, TypeError):
             raise
-        except Exception:  # some constructors compute with what they make
+        except Exception:  # some constructors read the values of their tensors
             with keep_random_states(torch.device("cpu")):
                 return build_model(name, keywords)
 
 
 def least_samples(model: nn.Module) -> int:
-    """The shortest input that a model should get: a filter, where it names its length."""
+    """The shortest input of a model: `encoder.length`, or 1 if it has none."""
     return getattr(getattr(model, "encoder", None), "length", 1)
 
 
 def find_shape_fault(model: nn.Module, samples: int) -> str:
-    """What is wrong with the shape of a sketched model's estimates; nothing where they are right,
-    or where it cannot be told without computing them.
+    """What is wrong with the shape of a sketched model's estimates; "" if it is right, or unknown
+    without computing them.
     """
     mixture = torch.empty(1, model.audio_channels, samples, device="meta")
     expected = (1, model.C, model.audio_channels, samples)
     try:
         with torch.no_grad():
             shape = tuple(model(mixture).shape)
-    except Exception:  # the first step will tell
+    except Exception:  # the first training step checks it again
         return ""
     if shape == expected:
         return ""
@@ -79,9 +79,9 @@ def find_shape_fault(model: nn.Module, samples: int) -> str:
 
 
 def find_keyword_faults(name: str, keywords) -> list[str]:
-    """What a model of MODELS does not take of its section in conf.yml, a line each."""
+    """The keywords that a model of MODELS does not take, a line each, named as in conf.yml."""
     if not isinstance(keywords, dict):
-        return [f"{name}: expected keywords of the model, got {keywords!r}"]
+        return [f"{name}: expected a section with keywords of the model, got {keywords!r}"]
     known = inspect.signature(MODELS[name]).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return []
@@ -94,12 +94,12 @@ def find_keyword_faults(name: str, keywords) -> list[str]:
 
 
 def model_name(conf: dict) -> str:
-    """The model that a configuration names; the first versions of this recipe named none."""
+    """The model that a configuration names; in those of the first versions, PUBLISHED."""
     return conf.get("training", {}).get("model", PUBLISHED)
 
 
 def model_args(conf: dict) -> dict:
-    """The keywords of the model's constructor in a configuration."""
+    """The keywords that a configuration has for the model's constructor."""
     network, name = conf["convtasnet"], model_name(conf)
     if name != PUBLISHED:
         shared = {key: network[key] for key in ("C", "audio_channels")}
@@ -113,13 +113,13 @@ def make_model(conf: dict) -> nn.Module:
 
 
 def count_parameters(conf: dict) -> int:
-    """Those of the model of a valid configuration."""
+    """The number of parameters of the model of a valid configuration."""
     model = sketch_model(model_name(conf), model_args(conf))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def find_model_faults(conf: dict) -> list[str]:
-    """What is wrong with the model of a configuration, a line each, named by flags."""
+    """What is wrong with the model of a configuration, a line each, named by its flag."""
     name, data = model_name(conf), conf["data"]
     if name not in MODELS:
         return [f"--model must be one of {', '.join(MODELS)} (local/models.py), got {name}"]

@@ -1,8 +1,8 @@
-"""MUSDB18: its tracks, random training segments with augmentation, whole validation tracks.
+"""MUSDB18 as data sets: random training segments with augmentation, and whole tracks.
 
 The augmentation is that of Uhlich et al., "Improving music source separation based on deep neural
 networks through data augmentation and network blending" (ICASSP 2017): stems of random tracks,
-random gains, random swaps of the channels.
+random gains, and random swaps of the channels.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.utils.data import Dataset, get_worker_info
 
 from local.musdb18_tracks import SOURCES, Track, raise_dataset_faults
 
-MOST_WORKERS = 32  # of a loader; of more, some take the place of others
+MOST_WORKERS = 32  # of a loader; with more, some share a row of Reading
 
 
 class Reading:
-    """What every worker of a loader is reading, in memory that outlives it."""
+    """The file that each worker of a loader is reading, in memory that outlives the worker."""
 
     def __init__(self):
         self._rows = torch.zeros(MOST_WORKERS, 3, dtype=torch.int64).share_memory_()
 
     def note(self, track: int, source: int) -> None:
-        """To be called by a worker before it reads a source of a track."""
+        """Records what a worker is about to read; does nothing outside of workers."""
         if (worker := get_worker_info()) is not None:
             self._rows.numpy()[worker.id % MOST_WORKERS] = os.getpid(), track, source
 
     def find(self, pid: int) -> tuple[int, int] | None:
-        """(track, source) of which a worker was told last."""
+        """The last (track, source) that the worker with this process id has recorded."""
         for owner, track, source in self._rows.tolist():
             if owner == pid:
                 return track, source
@@ -40,18 +40,18 @@ class Reading:
 
 
 class SegmentDataset(Dataset):
-    """Random segments: every stem of an item comes from a track of its own.
+    """Random segments: every stem of an item comes from another random track.
 
     An item is a pure function of (seed, epoch, index), so it is the same for any number of
-    workers, on any rank and after a resume. Indexed by (epoch, index), or by an index alone, which
-    is one of epoch 0. A DataLoader is fastest with collate_fn=keep_batch.
+    workers, on any rank and after resuming. The dataset is indexed by (epoch, index); an index
+    alone means epoch 0. A DataLoader is fastest with collate_fn=keep_batch.
 
     Args:
         tracks: the training tracks.
         length: samples in a segment.
-        samples_per_track: an epoch has tracks x samples_per_track items.
-        mix_background: the targets are vocals and the sum of the others, else all of SOURCES.
-        seed: of the random draws.
+        samples_per_track: an epoch has len(tracks) * samples_per_track items.
+        mix_background: whether the targets are vocals and the sum of the others, or all of SOURCES.
+        seed: of the random segments.
 
     Raises:
         DatasetError: lists the tracks that are shorter than a segment.
@@ -93,7 +93,7 @@ class SegmentDataset(Dataset):
         """The items at M positions, as a DataLoader asks for a batch."""
         mixtures, targets = _allocate(self.mix_background, self.length, len(positions))
         if get_worker_info() is not None:
-            # A batch leaves a worker through shared memory: moved there empty, it is written once.
+            # Workers send batches through shared memory; allocated there, they need no copy.
             mixtures.share_memory_()
             targets.share_memory_()
         batch = SegmentBatch(mixtures, targets)
@@ -135,7 +135,7 @@ def keep_batch(batch: SegmentBatch) -> tuple[Tensor, Tensor]:
 
 
 class TrackDataset(Dataset):
-    """Whole tracks as they are: (mixture, targets) as in SegmentDataset."""
+    """Whole tracks without augmentation: (mixture, targets) as in SegmentDataset."""
 
     def __init__(self, tracks: Sequence[Track], mix_background: bool = True):
         self.tracks, self.mix_background = tracks, mix_background
@@ -156,7 +156,7 @@ class TrackDataset(Dataset):
 
 
 def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, Tensor]:
-    """(mixture, targets) to be filled by mix_targets, with the dimensions of a batch in front."""
+    """Uninitialised (mixture, targets) for mix_targets, with the dimensions of a batch first."""
     count = 2 if mix_background else len(SOURCES)
     return (
         torch.empty(*batch, 2, length, dtype=torch.float32),
@@ -167,12 +167,11 @@ def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, T
 def mix_targets(
     stems: Iterable[tuple[np.ndarray, np.float32]], mixture: Tensor, targets: Tensor
 ) -> None:
-    """Fills mixture and targets from the stems, each (samples, what to multiply by).
+    """Writes the stems to the targets and their sum to the mixture.
 
     Args:
-        stems: in the order of SOURCES.
-        mixture: becomes the sum of the targets.
-        targets: become a stem each, the last one the sum of all stems that are left.
+        stems: pairs (samples, gain) in the order of SOURCES. Each target is a stem, and the last
+            one the sum of all remaining stems.
 
     Shape:
         - samples: (2, length)

@@ -1,4 +1,4 @@
-"""The tracks of MUSDB18: their files, found, checked and read."""
+"""The tracks of MUSDB18: finds, checks and reads their files."""
 
 import os
 import re
@@ -16,9 +16,9 @@ from local.tools.command_line import UserError
 
 # In the order in which the published recipe stacks them as targets.
 SOURCES = ("vocals", "bass", "drums", "other")
-# What songs are separated into, as museval names it.
+# What a track is separated into, in museval's words.
 TARGETS = ("vocals", "accompaniment")
-# musdb's own list (its configs/mus.yaml); importing musdb needs ffmpeg, which training does not.
+# The list in musdb's configs/mus.yaml. Importing musdb needs ffmpeg, which training does not need.
 VALIDATION_TRACKS = (
     "Actions - One Minute Smile",
     "Clara Berry And Wooldog - Waltz For My Victims",
@@ -36,12 +36,12 @@ VALIDATION_TRACKS = (
     "Traffic Experiment - Sirens",
 )
 MOST_FAULTS_SHOWN = 20
-# Control characters and line breaks; surrogates stand for bytes that are not UTF-8.
+# Control characters, line breaks, and surrogates, which stand for bytes that are not UTF-8.
 UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class DatasetError(UserError):
-    """A fault of the files under the data set's root."""
+    """The files of the data set are missing, damaged or not as expected."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,16 @@ class Track:
         return self.folder / f"{source}.{self.suffix}"
 
     def read(self, source: str, start: int = 0, length: int = -1) -> np.ndarray:
-        """`length` samples (-1: the rest) of a source from `start` on, as (2, length) float32.
+        """Reads a source as float32.
+
+        Args:
+            start, length: in samples; -1 reads to the end.
+
+        Shape:
+            - returned: (2, length)
 
         Raises:
-            DatasetError: the file cannot be read, is shorter, or holds NaN or infinity.
+            DatasetError: the file cannot be read, is too short, or holds NaN or infinity.
         """
         samples, unit = self.read_samples(source, start, length)
         return samples * unit
@@ -76,10 +82,10 @@ class Track:
     def read_samples(
         self, source: str, start: int = 0, length: int = -1
     ) -> tuple[np.ndarray, np.float32]:
-        """As read(), but (samples as they are stored, what to multiply them by).
+        """As read(), but (samples, unit): samples * unit is the audio.
 
-        The samples are int16 where the file is a 16-bit wav, and float32 otherwise. A gain that
-        joins the multiplication costs nothing, and changes no bit: the unit is a power of two.
+        The samples are int16 if the file is a 16-bit wav, and float32 otherwise. The unit is a
+        power of two, so multiplying it by a gain first does not change any bit.
         """
         path = self.path(source)
         expected = self.length - start if length == -1 else length
@@ -93,8 +99,8 @@ class Track:
             raise DatasetError(f"{path}: cannot be read: {error}") from None
         if len(frames) != expected:
             raise DatasetError(
-                f"{path}: {len(frames)} samples where {expected} were expected from sample {start}"
-                " on; the file is damaged or was changed"
+                f"{path}: expected {expected} samples from sample {start} on, got {len(frames)};"
+                " the file is damaged or was changed"
             )
         if frames.shape[1] != 2:
             raise DatasetError(
@@ -104,15 +110,15 @@ class Track:
             bad = start + int(np.argmin(np.isfinite(frames).all(axis=1)))
             raise DatasetError(
                 f"{path}: not a finite number at sample {bad} ({bad / self.rate:.3f} s);"
-                " mend or remove the file"
+                " fix or remove the file"
             )
         return frames.T, np.float32(1)
 
     def _read_pcm16(self, path: Path, start: int, length: int) -> np.ndarray | None:
-        """(length, 2) int16; None where the file is no 16-bit wav or not what it was.
+        """Reads (length, 2) int16; None if the file is no 16-bit wav or has changed.
 
-        libsndfile then reads it, or has the words for what is wrong. No memory map: a file that
-        shrinks under one ends the process.
+        Then libsndfile reads it, or reports what is wrong. Not a memory map: if the file shrank,
+        the process would be killed.
         """
         with open(path, "rb") as file:
             size = _find_pcm16(file, self.rate)
@@ -124,7 +130,7 @@ class Track:
 
 
 def _find_pcm16(file: BinaryIO, rate: int) -> int:
-    """Goes to the samples of a 16-bit stereo wav; returns their bytes, 0 for any other file."""
+    """Seeks to the samples of a 16-bit stereo wav; returns their bytes, or 0 for other files."""
     head = file.read(12)
     if head[:4] + head[8:] != b"RIFFWAVE":
         return 0
@@ -144,17 +150,17 @@ def _find_pcm16(file: BinaryIO, rate: int) -> int:
 def find_tracks(
     root: Path | str, split: str, rate: int, suffix: str = "wav", sources: Sequence[str] = SOURCES
 ) -> list[Track]:
-    """The tracks of ROOT/`split`, sorted by name, after a look at the header of every file.
+    """The tracks of root/split, sorted by name; checks the header of every file.
 
     Args:
-        root: folder of MUSDB18-HQ.
+        root: folder of MUSDB18-HQ, with train/ and test/.
         split: "train" or "test".
         rate: the sampling rate, in Hz, that every file must have.
         suffix: of the files, "wav" or "flac".
         sources: the files that a track must have.
 
     Raises:
-        DatasetError: the layout is not that of MUSDB18-HQ; or lists what is wrong with the files.
+        DatasetError: the layout is not that of MUSDB18-HQ, or some files are wrong; lists them.
     """
     root = Path(root)
     folder = root / split
@@ -162,21 +168,21 @@ def find_tracks(
         raise DatasetError(f"--root: no such folder: {root}")
     if not folder.is_dir():
         raise DatasetError(
-            f"--root: {root} holds no {split}/TRACK/vocals.{suffix}; it must be the"
-            " folder that train/ and test/ are in"
+            f"--root: {root} holds no {split}/TRACK/vocals.{suffix}; pass the folder that holds"
+            " train/ and test/"
         )
-    # Hidden folders are half-made tracks and the litter of file browsers.
+    # Hidden folders are unfinished tracks or belong to file browsers.
     entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     folders = [path for path in entries if path.is_dir()]
     links = [path for path in entries if path.is_symlink() and not path.exists()]
     if not folders and not links:
         if any(folder.glob("*.stem.mp4")):
             raise DatasetError(
-                f"--root: {root} holds .stem.mp4 files; decode them once, with"
+                f"--root: {root} holds .stem.mp4 files; decode them once with"
                 f" python -m local.stems {shlex.quote(str(root))} OUT, and use --root OUT"
             )
         raise DatasetError(f"--root: {folder} holds no tracks, TRACK/vocals.{suffix}")
-    faults = [f"{split}/{path.name}: a link that leads nowhere" for path in links]
+    faults = [f"{split}/{path.name}: a broken symbolic link" for path in links]
     faults += find_name_faults(path.name for path in folders)
     tracks = [_open_track(path, rate, suffix, sources, faults) for path in folders]
     raise_dataset_faults(root, faults)
@@ -184,7 +190,7 @@ def find_tracks(
 
 
 def find_name_faults(names: Iterable[str]) -> list[str]:
-    """The names of tracks that no text file or terminal could hold as they are, a line each."""
+    """The names of tracks that cannot be printed or written to text files, a line each."""
     return [
         f"{ascii(name)}: rename it; its name holds control characters or is not UTF-8"
         for name in names
@@ -195,7 +201,7 @@ def find_name_faults(names: Iterable[str]) -> list[str]:
 def _open_track(
     folder: Path, rate: int, suffix: str, sources: Sequence[str], faults: list[str]
 ) -> Track | None:
-    """A track, or None and what is wrong with it added to `faults`."""
+    """The track in a folder; or None, with what is wrong appended to `faults`."""
     where = f"{folder.parent.name}/{folder.name}"
     known = len(faults)
     lengths = {}
@@ -204,7 +210,7 @@ def _open_track(
         path = folder / name
         if not path.exists():
             others = sorted(p.name for p in folder.glob(f"{source}.*") if p.suffix != path.suffix)
-            hint = f" (there is {', '.join(others)}: see --suffix)" if others else ""
+            hint = f" (found {', '.join(others)}: see --suffix)" if others else ""
             faults.append(f"{where}/{name}: missing{hint}")
             continue
         try:
@@ -230,33 +236,32 @@ def _open_track(
 
 
 def _reason(error: Exception) -> str:
-    """libsndfile's words without the path that its wrapper puts before them."""
+    """libsndfile's message without the path that soundfile puts before it."""
     return str(error).rpartition(": ")[2]
 
 
 def raise_dataset_faults(root: Path, faults: list[str]) -> None:
-    """Raises one DatasetError for all faults, a line each; does nothing where there are none."""
+    """Raises one DatasetError that lists all faults, if there are any."""
     if not faults:
         return
     lines = faults[:MOST_FAULTS_SHOWN]
     if len(faults) > len(lines):
         lines.append(f"and {len(faults) - len(lines)} more")
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    heading = f"--root: {count} in {root}; mend or remove these tracks"
+    heading = f"--root: {count} in {root}; fix or remove these tracks"
     raise DatasetError("\n  ".join([heading, *lines]))
 
 
 def split_validation(
     tracks: list[Track], valid_tracks: Path | str | None = None
 ) -> tuple[list[Track], list[Track]]:
-    """(training, validation) tracks: the validation tracks are musdb's, or those in a file.
+    """Splits the tracks of train/ into (training, validation).
 
     Args:
-        tracks: of the train split.
-        valid_tracks: a file with a track name per line.
+        valid_tracks: a file with the name of a validation track per line; None for musdb's list.
 
     Raises:
-        DatasetError: a name in the file is no track, or one of the two parts would be empty.
+        DatasetError: a name in the file is not a track, or one of the two parts is empty.
     """
     names = VALIDATION_TRACKS
     if valid_tracks is not None:
@@ -272,8 +277,8 @@ def split_validation(
     validation = [track for track in tracks if track.name in names]
     if not validation:
         raise DatasetError(
-            "--root: train/ holds none of musdb's 14 validation tracks; name some of its tracks"
-            " in a file, a line each, and pass --valid_tracks FILE"
+            "--root: train/ holds none of musdb's 14 validation tracks; write the names of some of"
+            " its tracks to a file, one per line, and pass --valid_tracks FILE"
         )
     if not training:
         raise DatasetError("--root: every track of train/ is a validation track")

@@ -1,4 +1,4 @@
-"""The causal model block by block: low latency, constant memory, the same numbers."""
+"""Streaming of the causal model: block by block, with low latency and constant memory."""
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +10,29 @@ from local.tasnet import ConvTasNetStereo
 
 
 def find_stream_fault(model: torch.nn.Module) -> str:
-    """Why a model cannot be streamed; nothing where it can."""
+    """Why a model cannot be streamed; "" if it can."""
     if difference := find_difference(model):
-        return f"only what the fast formulas compute can be streamed, not this model: {difference}"
+        return f"only a model that the fast path equals can be streamed, not this one: {difference}"
     if model.causal and model.norm_type != "gLN":
         return ""
     kind = "causal" if model.causal else "non-causal"
     return (
         "only a causal model with norm_type cLN, BN or id can be streamed,"
-        f" got a {kind} one with {model.norm_type}"
+        f" got a {kind} model with norm_type {model.norm_type}"
     )
 
 
 class StreamingConvTasNet:
-    """Separates a mixture that arrives in blocks of any sizes.
+    """Separates a mixture that arrives in blocks of any size.
 
-    What is returned is final, and all of it joined is what the model makes of the whole mixture.
+    Returned estimates are final; joined, they equal the model's output for the whole mixture.
 
     Args:
-        model: causal, with cLN, BN or id, in eval mode, equal to the fast formulas (see
-            local/fast/equal.py); its weights must stay as they are.
+        model: causal, with cLN, BN or id, in eval mode, and equal to the fast path (see
+            local/fast/equal.py); its weights must not change.
 
     Raises:
-        ValueError: the model is another one.
+        ValueError: the model cannot be streamed, or is in training mode.
     """
 
     def __init__(self, model: ConvTasNetStereo):
@@ -43,18 +43,18 @@ class StreamingConvTasNet:
 
     @property
     def latency(self) -> int:
-        """In samples: the most that the output lags behind the input."""
+        """The largest lag of the output behind the input, in samples."""
         return self._rows.length - 1
 
     @property
     def state_size(self) -> int:
-        """In bytes: the most that is kept from one block to the next."""
+        """The largest size of the state between two blocks, in bytes."""
         channels, itemsize = self._pending.shape[:-1].numel(), self._pending.itemsize
         states = [self._tail, *(block.depthwise.context for block in self._rows.blocks)]
         return channels * self.latency * itemsize + sum(state.nbytes for state in states)
 
     def reset(self) -> None:
-        """Forgets everything: the next block begins another mixture."""
+        """Clears the state: the next block begins a new mixture."""
         like = next(self._model.parameters())
         channels, rows = self._model.audio_channels, self._rows
         self._pending = like.new_zeros(channels, 0)  # samples from the next frame's first on
@@ -65,14 +65,16 @@ class StreamingConvTasNet:
 
     @torch.no_grad()
     def push(self, block: Tensor) -> Tensor:
-        """Takes the next samples and returns the estimates that are now final.
+        """Takes the next samples; returns the estimates that are final now.
 
         Shape:
-            - block: (audio_channels, T), or with a batch dimension before it; any T
-            - estimates: (C, audio_channels, T'), or likewise; on the model's device
+            - block: (audio_channels, T) or (M, audio_channels, T), any T
+            - estimates, on the model's device: (C, audio_channels, T') or
+              (M, C, audio_channels, T')
 
         Raises:
-            ValueError: the block is unlike those before it, cannot be, or comes after `flush`.
+            ValueError: the block is not floating-point, holds NaN or infinity, has another shape
+                than those before it, or comes after `flush`.
         """
         self._check_open()
         self._check_block(block)
@@ -101,7 +103,7 @@ class StreamingConvTasNet:
         return estimates[..., :done]
 
     def flush(self) -> Tensor:
-        """Ends the mixture and returns the rest of the estimates, shaped as by `push`."""
+        """Ends the mixture; returns the rest of the estimates, shaped as by `push`."""
         self._check_open()
         self._flushed = True
         # Samples after the last whole frame are zeros.
@@ -109,7 +111,7 @@ class StreamingConvTasNet:
 
     def _check_open(self) -> None:
         if self._flushed:
-            raise ValueError("the mixture has ended with flush(); reset() begins another one")
+            raise ValueError("the mixture ended with flush(); call reset() to begin another")
 
     def _check_block(self, block: Tensor) -> None:
         channels, started = self._model.audio_channels, self._pending.shape[:-1]
@@ -120,7 +122,8 @@ class StreamingConvTasNet:
             )
         if self._started and block.shape[:-1] != started:
             raise ValueError(
-                f"expected {tuple(started)} and time, as before, got {tuple(block.shape)}"
+                f"expected ({', '.join(map(str, started))}, time) as in the first block,"
+                f" got {tuple(block.shape)}"
             )
         check_samples(block)
 
@@ -129,6 +132,6 @@ def check_samples(mixture: Tensor) -> None:
     """Raises a ValueError unless the samples are real, floating-point and finite."""
     if not mixture.is_floating_point():
         raise ValueError(f"expected floating-point samples, got {mixture.dtype}")
-    for piece in mixture.split(2**20, dim=-1):  # the test allocates what it is given once more
+    for piece in mixture.split(2**20, dim=-1):  # isfinite() allocates a copy
         if not piece.isfinite().all():
             raise ValueError("the mixture holds NaN or infinity")

@@ -112,7 +112,7 @@ def test_an_edited_model_trains_and_separates_as_edited(edited):
         torch.manual_seed(0)
         losses.append(run(mixture[None]).abs().mean())
     assert torch.equal(*losses)
-    with pytest.raises(ValueError, match="differ from the model"):
+    with pytest.raises(ValueError, match="fast path differs from the model"):
         choose_fast(edited, "yes", training=True)
     assert "the model itself" in describe_fast(edited, "auto", training=True)
 
@@ -124,7 +124,7 @@ def test_an_edited_causal_model_cannot_be_streamed(monkeypatch):
         lambda: StreamingConvTasNet(model),
         lambda: separate(model, torch.zeros(2, 100), "stream"),
     ):
-        with pytest.raises(ValueError, match="not this model: outputs .* difference of"):
+        with pytest.raises(ValueError, match="not this one: outputs .* difference of"):
             attempt()
 
 

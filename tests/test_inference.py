@@ -319,7 +319,7 @@ def test_a_segment_longer_than_any_song_is_one_window():
 def test_a_segment_shorter_than_the_filter():
     model = random_model(SMALL)
     separate(model, torch.zeros(2, 100), segment=0.008, overlap=0)
-    with pytest.raises(ValueError, match=r"at least one filter of the model, 0\.008000 seconds"):
+    with pytest.raises(ValueError, match=r"segment must be at least 0\.008000 seconds"):
         separate(model, torch.zeros(2, 100), segment=0.0079, overlap=0)
 
 

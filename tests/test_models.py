@@ -123,8 +123,8 @@ def test_a_model_of_ones_own_through_all_commands(project, corpus):
     exp = project / "exp" / "own"
     train = ["train.py", "--exp_dir", exp, "--root", corpus, *TINY_RUN]
     first = run(project, *train, "--valid_method", "overlap-add")
-    assert "OwnNet" in first and "for ConvTasNetStereo alone" in first
-    assert "memory some is as none" in first  # it names no block
+    assert "OwnNet" in first and "the model itself" in first
+    assert "--memory some" in first and "block_class" in first
     extended = ["--valid_method", "overlap-add", "--epochs", "2"]
     assert "epoch 1:" in run(project, *train, *extended)
     content = torch.load(exp / "best_model.pth", weights_only=True)

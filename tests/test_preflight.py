@@ -33,7 +33,7 @@ def test_files_that_end_badly_are_listed(tmp_path):
     with pytest.raises(DatasetError) as error:
         check_ends(root, find_tracks(root, "train", RATE, "flac"))
     heading, *lines = str(error.value).splitlines()
-    assert heading == f"--root: 2 faults in {root}; mend or remove these tracks"
+    assert heading.startswith(f"--root: 2 faults in {root};")
     for line, path in zip(lines, (tracks[0].path("bass"), tracks[2].path("vocals")), strict=True):
         assert line.startswith(f"  {path}: ")
 

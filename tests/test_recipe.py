@@ -214,7 +214,7 @@ def test_fast_yes_refuses_an_edited_model(corpus, tmp_path, monkeypatch, error_o
 
     edit_system(monkeypatch, change)
     error = error_of(train.main, *flags(tmp_path / "run", corpus, "--fast", "yes"))
-    assert "--fast yes: the fast formulas differ from the model: encoder has hooks" in error
+    assert "--fast yes: " in error and "encoder has hooks" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -274,7 +274,7 @@ def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
         (song, "--device", "gpu"): "--device must be cpu, cuda, or cuda: and a number, got gpu",
         (song, "--method", "stream"): "--method: only a causal model",
         (song, "--overlap", 7): "--segment, --overlap: expected 0 <= overlap < segment",
-        (song, "--segment", "0.0001", "--overlap", 0): "at least one filter",
+        (song, "--segment", "0.0001", "--overlap", 0): "segment must be at least",
         (song, "--method", "fast"): "invalid choice: 'fast'",
         (song, "--stream", "vocals"): "--stream reads stdin",
     }.items():

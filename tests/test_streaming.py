@@ -159,7 +159,7 @@ def test_models_that_cannot_be_streamed(kwargs):
         (torch.zeros(2, 5, dtype=torch.complex64), "floating-point samples, got torch.complex64"),
         (torch.full((2, 5), torch.nan), "NaN or infinity"),
         (torch.full((2, 5), torch.inf), "NaN or infinity"),
-        (torch.zeros(4, 2, 5), r"expected \(2,\) and time, as before, got \(4, 2, 5\)"),
+        (torch.zeros(4, 2, 5), r"expected \(2, time\) .*got \(4, 2, 5\)"),
     ],
 )
 def test_blocks_that_cannot_be_leave_the_stream_as_it_was(block, message):
@@ -176,5 +176,5 @@ def test_nothing_comes_after_flush_but_reset():
     engine = StreamingConvTasNet(make_model())
     engine.flush()
     for again in (lambda: engine.push(torch.zeros(2, 1)), engine.flush):
-        with pytest.raises(ValueError, match=r"ended with flush\(\); reset\(\) begins another"):
+        with pytest.raises(ValueError, match=r"ended with flush\(\); call reset\(\)"):
             again()

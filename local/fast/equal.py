@@ -1,12 +1,13 @@
-"""Whether the fast formulas equal a model; they take its weights and never call its forward.
+"""The check that the fast path equals a model.
 
-Two looks. At the structure, every time: each module must be of exactly the class that
-local/tasnet.py has in its place (a parametrized one is not), with nothing hooked into it. At the
-numbers, once per process and architecture: in float64, on a copy with other weights, outputs and
-gradients must be the same.
+The fast path reads weights and never calls the model's forward, so without this check it would
+ignore an edit of the model. Two steps:
 
-float64, since in float32 the gradients of two right formulas differ by 4e-4: a limit in float32
-would be blind to an edit, or find one where there is none.
+1. The structure, at every call: each module must be of exactly the class that local/tasnet.py has
+   in its place, without parametrizations, hooks or a forward of its own.
+2. The numbers, once per process and architecture: outputs and gradients of a copy of the model with
+   random weights must agree, in float64. In float32 the gradients of two correct forward passes
+   differ by 4e-4, so that no limit would tell an edit from rounding.
 """
 
 import copy
@@ -23,26 +24,26 @@ from local.tools.choices import FAST
 from local.tools.private import has_hooks
 from local.tools.random_states import get_random_states, keep_random_states
 
-LIMIT = 1e-9  # of a difference, relative to what is compared
-FRAMES = 64  # beyond those that the longest filter spans
-LOUDEST = 4.0  # of full scale, so that an edit that clips shows
+LIMIT = 1e-9  # relative error
+FRAMES = 64  # in addition to those that the longest filter spans
+LOUDEST = 4.0  # times full scale, so that clipping shows
 CPU = torch.device("cpu")
 
-_differences: dict[tuple, str] = {}  # by what was compared
+_differences: dict[tuple, str] = {}  # by architecture, and whether training was compared
 
 
 def find_difference(model: nn.Module, training: bool = False) -> str:
-    """In what the fast formulas differ from a model, in a few words; nothing where they equal it.
+    """How the fast path differs from a model, in a few words; "" if it does not.
 
-    The model, random states and the statistics of its norms stay as they are.
+    Neither the model nor any random state changes.
 
     Args:
-        training: compare gradients and outputs in training mode, too.
+        training: also compare outputs and gradients in training mode.
     """
     if fault := find_structural_difference(model):
         return fault
     architecture = _describe_architecture(model)
-    for compared in {training, True}:  # what was compared for training includes the rest
+    for compared in {training, True}:  # comparing for training includes inference
         if (architecture, compared) in _differences:
             return _differences[architecture, compared]
     difference = find_numerical_difference(model, training)
@@ -50,65 +51,65 @@ def find_difference(model: nn.Module, training: bool = False) -> str:
 
 
 def choose_fast(model: nn.Module, fast: str, training: bool = False) -> bool:
-    """Whether to go by the fast formulas.
+    """Whether to use the fast path.
 
     Args:
         fast: one of FAST.
 
     Raises:
-        ValueError: `fast` is "yes" and they differ from the model, or it is none of FAST.
+        ValueError: `fast` is none of FAST, or "yes" for a model that the fast path does not equal.
     """
     if fast not in FAST:
         raise ValueError(f"fast must be one of {', '.join(FAST)}, got {fast!r}")
     difference = "" if fast == "no" else find_difference(model, training)
     if difference and fast == "yes":
-        raise ValueError(f"the fast formulas differ from the model: {difference}")
+        raise ValueError(f"the fast path differs from the model: {difference}; use fast auto or no")
     return fast != "no" and not difference
 
 
 def describe_fast(model: nn.Module, fast: str, training: bool = False) -> str:
-    """What runs and why, for the first screen.
+    """Which forward pass runs and why, for the first screen.
 
     Raises:
         ValueError: as choose_fast.
     """
     if choose_fast(model, fast, training):
-        return "the fast formulas, which equal the model as written in local/tasnet.py"
+        return "the fast path, which equals the model in local/tasnet.py"
     if type(model) is not tasnet.ConvTasNetStereo:
-        return "the model itself; fast formulas are there for ConvTasNetStereo alone"
-    reason = "as --fast no says"
+        return "the model itself; the fast path is for ConvTasNetStereo only"
+    reason = "because of --fast no"
     if fast != "no":
-        reason = f"the fast formulas differ from it ({find_difference(model, training)})"
-    return f"the model itself, {reason}: up to four times as slow, with several times the memory"
+        reason = f"from which the fast path differs ({find_difference(model, training)})"
+    return f"the model itself, {reason}: up to 4 times slower, with several times the memory"
 
 
-# The structure
+# 1. The structure
 
 
 def find_structural_difference(model: nn.Module) -> str:
-    """Which module of a model is not what local/tasnet.py has in its place; nothing if none."""
+    """The first module that is not as in local/tasnet.py, in a few words; "" if there is none."""
     if type(model) is not tasnet.ConvTasNetStereo:
-        return f"the model is a {type(model).__name__}, and they are ConvTasNetStereo's"
+        return f"the model is a {type(model).__name__}, not a ConvTasNetStereo"
     found = dict(model.named_modules(remove_duplicate=False))
     try:
         expected = dict(_expect_modules(model))
-    except Exception as error:  # of whatever kind an edited file raises
+    except Exception as error:  # of any type, from an edited file
         return f"the model has other parts: {error}"
     for name in {**expected, **found}:
         if name not in found or type(found[name]) is not expected.get(name):
-            there = type(found[name]).__name__ if name in found else "nothing"
-            usual = expected[name].__name__ if name in expected else "nothing"
-            return f"{name or 'the model'} is {there} where {usual} is expected"
+            actual = type(found[name]).__name__ if name in found else "missing"
+            wanted = expected[name].__name__ if name in expected else "nothing"
+            return f"{name or 'the model'}: expected {wanted}, got {actual}"
     for name, module in found.items():
         if has_hooks(module):
             return f"{name or 'the model'} has hooks"
         if "forward" in vars(module):
-            return f"{name or 'the model'} has a forward of its own"
+            return f"{name or 'the model'} has a forward that its class does not have"
     return ""
 
 
 def _expect_modules(model: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
-    """The name and class of every module, as the formulas take them."""
+    """The name and class of every module that the fast path relies on."""
     conv, sequential = nn.Conv1d, nn.Sequential
     yield from [("", tasnet.ConvTasNetStereo), ("encoder", tasnet.Encoder)]
     yield from [("encoder.conv1d_U", conv), ("separator", tasnet.TemporalConvNet)]
@@ -139,17 +140,17 @@ def _expect_sequence(name: str, parts) -> Iterator[tuple[str, type[nn.Module]]]:
 
 
 def _describe_architecture(model: nn.Module) -> tuple:
-    """What two models have in common that compute the same from the same weights."""
-    usual, numbers, described = set(vars(nn.Module())), {}, []
+    """A key that is equal for models which compute the same from the same weights."""
+    ignored, numbers, described = set(vars(nn.Module())), {}, []
     for name, module in model.named_modules(remove_duplicate=False):
-        settings = {key: value for key, value in vars(module).items() if key not in usual}
+        settings = {key: value for key, value in vars(module).items() if key not in ignored}
         tensors = [
             (key, numbers.setdefault(id(tensor), len(numbers)), tuple(tensor.shape))
             for named in (module.named_parameters, module.named_buffers)
             for key, tensor in named(recurse=False, remove_duplicate=False)
         ]
         described.append((name, type(module), repr(settings), *tensors))
-    # A notebook may replace a function, a constant or a method of the file.
+    # A notebook may replace a function, a constant or a method of local/tasnet.py.
     classes = [value for value in vars(tasnet).values() if isinstance(value, type)]
     described += [
         (name, id(value)) for space in (tasnet, *classes) for name, value in vars(space).items()
@@ -157,11 +158,11 @@ def _describe_architecture(model: nn.Module) -> tuple:
     return tuple(described)
 
 
-# The numbers
+# 2. The numbers
 
 
 def find_numerical_difference(model: nn.Module, training: bool) -> str:
-    """In what a copy of a model with other weights computes something else; nothing if it does not.
+    """How the fast path differs from a copy of the model with random weights; "" if it does not.
 
     A model that cannot be copied or run counts as different.
     """
@@ -177,15 +178,14 @@ def find_numerical_difference(model: nn.Module, training: bool) -> str:
             mixtures = _make_mixtures(model, generator)
             difference = _compare_training(model, mixtures[0], generator) if training else ""
             return difference or _compare_inference(model.eval(), mixtures)
-        except Exception as error:  # of whatever kind an edited model raises
+        except Exception as error:  # of any type, from an edited model
             return f"comparing them raises {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @torch.no_grad()
 def _redraw(model: nn.Module, generator: torch.Generator) -> None:
-    """Other weights, none of them 0 or 1: what a gate that starts there lets through counts, too.
-
-    Buffers stay as positive as they are: there are variances among them.
+    """Randomizes all weights, so that none stays 0 or 1: a new gate that starts closed would else
+    hide what it gates. Buffers stay positive, since some are variances.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -197,8 +197,8 @@ def _redraw(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _make_mixtures(model: nn.Module, generator: torch.Generator) -> list[Tensor]:
-    """One mixture in which the longest filter fits, two short ones, two of less than a frame; all
-    from silence to more than full scale, and with a rest that fills no frame.
+    """Batches: one mixture longer than the longest filter, two shorter ones, two of less than a
+    frame. All grow from silence to LOUDEST, and end in less than a hop that fills no frame.
     """
     convs = [module for module in model.modules() if isinstance(module, nn.Conv1d)]
     longest = max((conv.kernel_size[0] - 1) * conv.dilation[0] for conv in convs)
@@ -222,14 +222,14 @@ def _compare_training(model: nn.Module, mixture: Tensor, generator: torch.Genera
         found = TrainingForward(fast, "none")(mixture)
     if fault := _describe_error("outputs in training", found, expected):
         return fault
-    flow = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
-    expected.backward(flow)
-    found.backward(flow)
+    grad = torch.randn(expected.shape, generator=generator, dtype=expected.dtype)
+    expected.backward(grad)
+    found.backward(grad)
     return _compare_gradients(fast, model) or _compare_buffers(fast, model)
 
 
 def _read_random_states() -> dict:
-    """In a form that can be compared."""
+    """Random states that == can compare."""
     states = get_random_states(CPU)
     return {**states, "torch": states["torch"].tolist()}
 
@@ -237,12 +237,13 @@ def _read_random_states() -> dict:
 def _compare_gradients(fast: nn.Module, plain: nn.Module) -> str:
     found = {name: parameter.grad for name, parameter in fast.named_parameters()}
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    # Beside the others' sizes: one that should be zero is never more than nearly so.
+    # Relative to all gradients together: rounding keeps a gradient that is zero in theory from
+    # being zero.
     norms = [grad.norm() for grad in expected.values() if grad is not None]
     scale = torch.stack(norms).norm()
     for name, grad in expected.items():
         if (grad is None) != (found[name] is None):
-            return f"only one of them has a gradient of {name}"
+            return f"gradient of {name}: only one of them has it"
         if grad is not None and (fault := _describe_error(name, found[name], grad, scale)):
             return f"gradient of {fault}"
     return ""
@@ -259,11 +260,11 @@ def _compare_buffers(fast: nn.Module, plain: nn.Module) -> str:
 
 @torch.no_grad()
 def _compare_inference(model: nn.Module, mixtures: list[Tensor]) -> str:
-    """What the model makes of songs together, and the formulas of each by itself."""
-    for together in mixtures:
-        found = torch.stack([_separate_by_rows(model, mixture) for mixture in together])
-        name = f"outputs of {together.shape[-1]} samples"
-        if fault := _describe_error(name, found, model(together)):
+    """Compares the model on batches with the fast path on each item alone."""
+    for batch in mixtures:
+        found = torch.stack([_separate_by_rows(model, mixture) for mixture in batch])
+        name = f"outputs of {batch.shape[-1]} samples"
+        if fault := _describe_error(name, found, model(batch)):
             return fault
     return ""
 
@@ -286,6 +287,6 @@ def _describe_error(name: str, found: Tensor, expected: Tensor, scale: Tensor | 
         return f"{name}: {tuple(expected.shape)} instead of {tuple(found.shape)}"
     error = (found - expected).norm()
     scale = expected.norm() if scale is None else scale
-    if error <= LIMIT * scale:  # never where one of them holds NaN
+    if error <= LIMIT * scale:  # false for NaN
         return ""
     return f"{name}: a relative difference of {error / scale.clamp(min=1e-300):.1g}"

@@ -1,6 +1,6 @@
-"""The model itself in training, with less memory: parts are computed again in the backward pass.
+"""Gradient checkpointing for any model: parts are recomputed in the backward pass, to save memory.
 
-As in T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+After T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +16,21 @@ from local.tools.private import has_hooks
 
 
 class RecomputingForward:
-    """The model itself, of which the backward pass computes parts again.
+    """The forward pass of a model, parts of which the backward pass recomputes.
 
     Args:
-        memory: "none": no part; "some": every block, of the class that the model has as
-            `block_class`; "most": every repeat, which is a Sequential of blocks, or every block
-            where there are no repeats.
+        memory: "none": no part; "some": every block, which is a module of the model's
+            `block_class`; "most": every repeat, which is a Sequential of blocks, or every block if
+            there are no repeats.
 
     Raises:
-        ValueError: there is no such `memory`.
+        ValueError: `memory` is none of MEMORY.
     """
 
     def __init__(self, model: nn.Module, memory: str = "some"):
         self._model = model
         parts, _ = find_recomputed(model, memory)
-        self._forwards = {part: partial(_compute_again_later, part, part.forward) for part in parts}
+        self._forwards = {part: partial(_run_checkpointed, part, part.forward) for part in parts}
 
     def __call__(self, mixture: Tensor) -> Tensor:
         with self._replaced_forwards():
@@ -38,7 +38,7 @@ class RecomputingForward:
 
     @contextmanager
     def _replaced_forwards(self) -> Iterator[None]:
-        """Only while segments go through: validation and the model on disk know nothing of it."""
+        """Replaced during a forward pass only: validation and checkpoints see the plain model."""
         own = {part: vars(part)["forward"] for part in self._forwards if "forward" in vars(part)}
         for part, forward in self._forwards.items():
             part.forward = forward
@@ -52,8 +52,10 @@ class RecomputingForward:
 
 
 def find_recomputed(model: nn.Module, memory: str) -> tuple[list[nn.Module], str]:
-    """The parts of a model that are computed again, and why there are none, where `memory` asks
-    for some.
+    """The parts of a model to recompute, and a note why there are none, or "".
+
+    Raises:
+        ValueError: `memory` is none of MEMORY.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
@@ -61,10 +63,10 @@ def find_recomputed(model: nn.Module, memory: str) -> tuple[list[nn.Module], str
         return [], ""
     block_class = getattr(model, "block_class", None)
     if block_class is None:
-        return [], f"memory {memory} is as none: the model has no block_class"
+        return [], f"--memory {memory} saves nothing: the model has no block_class"
     blocks = find_outermost(model, lambda module: isinstance(module, block_class))
     if any(has_hooks(module) for block in blocks for module in block.modules()):
-        return [], f"memory {memory} is as none: there are hooks in a block, which would run twice"
+        return [], f"--memory {memory} saves nothing: hooks in a block would run twice"
     repeats = find_outermost(
         model,
         lambda module: (
@@ -77,14 +79,14 @@ def find_recomputed(model: nn.Module, memory: str) -> tuple[list[nn.Module], str
 
 
 def find_outermost(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The modules below one that are wanted and lie in no other such."""
+    """The wanted modules inside a module that are in no other wanted module."""
     found = []
     for child in module.children():
         found += [child] if is_wanted(child) else find_outermost(child, is_wanted)
     return found
 
 
-def _compute_again_later(part: nn.Module, forward: Callable, *args, **kwargs):
+def _run_checkpointed(part: nn.Module, forward: Callable, *args, **kwargs):
     if torch.compiler.is_compiling():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     contexts = partial(keep_buffers, part)

@@ -1,8 +1,8 @@
-"""The layers of ConvTasNetStereo over frames as rows; the blocks, fed tile by tile, only infer.
+"""The layers of ConvTasNetStereo with channels last, for inference tile by tile.
 
-With channels last a 1x1 convolution is one matrix product, and the passes between two of them run
-over a tile that is still in the cache. What a layer has to remember from one tile to the next is
-kept here, so the same layers stream a causal model and walk through a whole song.
+A frame is a row, so a 1x1 convolution is one matrix product, and the layers between two of them
+process a tile while it is in the cache. Layers keep the state that the next tile needs, so the same
+layers serve for streaming and for whole tracks.
 
 Letters in shapes are those of local.tasnet; K is the number of frames in the tile.
 """
@@ -19,7 +19,7 @@ from local import tasnet
 
 
 def tile_size(device: torch.device) -> int:
-    """Frames in a tile: few enough for the cache of a CPU, enough to keep a GPU busy."""
+    """Frames in a tile: it should fit into the cache of a CPU, and be large enough for a GPU."""
     return 1024 if device.type == "cpu" else 32768
 
 
@@ -30,7 +30,7 @@ def encode(model: tasnet.ConvTasNetStereo, mixture: Tensor) -> Tensor:
 
 
 def embed(model: tasnet.ConvTasNetStereo, weights: Tensor) -> Tensor:
-    """(..., K, N) -> residual (..., K, B), as the first block takes it."""
+    """(..., K, N) -> residual (..., K, B), the input of the first block."""
     return Projection(*model.separator.network[:2])(weights)
 
 
@@ -46,18 +46,18 @@ def decode(model: tasnet.ConvTasNetStereo, weights: Tensor, residual: Tensor) ->
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
-    """Of the products with `like`: autocast's, or its own."""
+    """The dtype of products with `like`: that of autocast if enabled, else its own."""
     device = like.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
 def upcast(rows: Tensor) -> Tensor:
-    """In float32 at least: autocast's products come out shorter."""
+    """To float32 at least: under autocast, products have a shorter type."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 class RowModel:
-    """The parts of a ConvTasNetStereo that remember nothing, and its blocks, which do.
+    """A ConvTasNetStereo by rows: stateless encoder and decoder, and blocks, which have state.
 
     Raises:
         ValueError: the model is in training mode.
@@ -85,9 +85,9 @@ class RowModel:
 
 
 class RowBlock:
-    """A TemporalBlock in steps: expand, then project, then add to the residual.
+    """A TemporalBlock in three steps: expand, project, add to the residual.
 
-    With gLN the last tile has to leave a step before the first may enter the next.
+    With gLN, all tiles must have passed one step before the first passes the next.
     """
 
     def __init__(self, block: tasnet.TemporalBlock):
@@ -106,13 +106,14 @@ class RowBlock:
         return self._norm.observe(F.leaky_relu_(hidden, self._slope_in))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """(..., K, H) -> update (..., K', B) of the K' frames next in order: a block that looks
-        ahead is late at first, and `finish` gives the rest.
+        """(..., K, H) -> update (..., K', B) of the next K' frames.
+
+        A block that looks ahead lags behind its input; `finish` returns the rest.
         """
         return self._after_depthwise(self.depthwise.push(hidden, self._norm))
 
     def finish(self) -> Tensor:
-        """The update of the frames that are still due when the song has ended."""
+        """The update of the frames that are missing at the end of the track."""
         return self._after_depthwise(self.depthwise.finish())
 
     def add_to(self, residual: Tensor, update: Tensor) -> None:
@@ -124,7 +125,7 @@ class RowBlock:
 
 
 class RowDepthwise:
-    """A dilated depthwise convolution that keeps the rows which its next frames will need."""
+    """A dilated depthwise convolution. Its state, `context`, is the input of the next frames."""
 
     def __init__(self, conv: nn.Conv1d):
         self._taps = conv.weight[:, 0].t().contiguous()  # (P, H)
@@ -136,7 +137,7 @@ class RowDepthwise:
         self.context = self._taps.new_zeros(self._before, self._taps.shape[1])
 
     def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
-        """(..., K, H), still to be normalised -> (..., K', H)."""
+        """(..., K, H), not yet normalised by `norm` -> (..., K', H)."""
         *batch, frames, channels = rows.shape
         size = self.context.shape[-2]
         window = self._taps.new_empty(*batch, size + frames, channels)
@@ -145,7 +146,7 @@ class RowDepthwise:
         return self._convolve(window)
 
     def finish(self) -> Tensor:
-        """What comes out for the zeros after the last frame."""
+        """The output for the zeros after the last frame."""
         return self._convolve(F.pad(self.context, (0, 0, 0, self._reach - self._before)))
 
     def _convolve(self, window: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class RowDepthwise:
 
 
 def local_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """cLN, BN or id as a function of rows, each row by itself."""
+    """cLN, BN or id as a function that normalises each row alone."""
     if isinstance(norm, tasnet.ChannelwiseLayerNorm):
         gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
         return lambda rows: F.layer_norm(rows, gamma.shape, gamma, beta, tasnet.EPS)
@@ -183,17 +184,17 @@ class LocalNorm:
 
 
 class GlobalNorm:
-    """gLN: all rows have to be observed before one can be normalised."""
+    """gLN: all rows must have been observed before the first can be normalised."""
 
     def __init__(self, norm: tasnet.GlobalLayerNorm):
         self.gamma, self.beta = norm.gamma.flatten(), norm.beta.flatten()
-        # In float64: mean(x^2) - mean(x)^2 would cancel in float32.
+        # float64 accumulation: mean(x^2) - mean(x)^2 would cancel in float32.
         self._total = self.gamma.new_zeros((), dtype=torch.float64)
         self._total_squares = torch.zeros_like(self._total)
         self._count, self._moments = 0, None
 
     def observe(self, rows: Tensor) -> Tensor:
-        # Over many rows the rounding of their sums averages out; over a few it would show.
+        # The rounding errors of row sums average out over many rows, but not over a few.
         exact = rows.double() if rows.numel() < 2**16 else rows
         self._total += exact.sum(-1).double().sum()
         self._total_squares += torch.linalg.vector_norm(exact, dim=-1).double().square().sum()
@@ -201,7 +202,7 @@ class GlobalNorm:
         return rows
 
     def moments(self) -> tuple[float, float]:
-        """Mean and 1 / standard deviation of all that was observed."""
+        """Mean and 1 / standard deviation of all observed rows."""
         if self._moments is None:
             mean = self._total / self._count
             variance = (self._total_squares / self._count - mean.square()).clamp(min=0)
@@ -228,10 +229,10 @@ class Projection:
 
 
 class GlobalProjection:
-    """gLN, then a 1x1 convolution, which need not wait for the moments.
+    """gLN, then a 1x1 convolution, computed before the moments are known.
 
-    W (gamma (x - mean) * scale + beta) is the product W gamma x times a number, plus a constant
-    row: the product is taken at once, the number and the constant come with `add_to`.
+    W (gamma (x - mean) * scale + beta) = scale * (W gamma) x + a constant row: the call computes
+    (W gamma) x, and `add_to` applies the scale and the constant.
     """
 
     def __init__(self, norm: tasnet.GlobalLayerNorm, conv: nn.Conv1d):

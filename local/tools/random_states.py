@@ -1,4 +1,4 @@
-"""The states of all generators that a run could draw random numbers from."""
+"""The states of all random generators that a run may use."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 
 def get_random_states(device: torch.device) -> dict:
-    """In types that are plain data."""
+    """The states of Python, numpy and torch, and of the device if it is a GPU, as plain data."""
     states = {"torch": torch.get_rng_state(), "python": random.getstate()}
     name, keys, *rest = np.random.get_state()
     states["numpy"] = (name, keys.tolist(), *rest)
@@ -28,7 +28,7 @@ def set_random_states(states: dict, device: torch.device) -> None:
 
 @contextmanager
 def keep_random_states(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn in the block, what comes after it draws as if it had not been."""
+    """Restores the random states at the end of the block."""
     states = get_random_states(device)
     try:
         yield
