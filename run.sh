@@ -141,7 +141,7 @@ fi
 if [ "$stage" -le 1 ]; then
     say "stage 1: training"
     if [ -e "$exp/.trained" ]; then
-        echo "$exp is trained already; to train anew, with other flags say, use another --tag"
+        echo "$exp is trained already; to train again, with other flags for example, use another --tag"
     else
         "$python" "$here/train.py" --exp_dir "$exp" --root "${root:-$here/data/demo}" \
             "${train_flags[@]}"

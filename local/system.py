@@ -51,12 +51,17 @@ class MusicSystem(System):
         self.log("loss", loss)  # with prog_bar, Lightning would wait for the device at every step
         return loss
 
+    def on_validation_epoch_start(self):
+        self._val_sum = torch.zeros(2, device=self.device)  # of the losses, and how many
+
     def validation_step(self, batch, batch_nb):
         loss = self.common_step(batch, batch_nb, train=False)
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
+        self._val_sum += torch.stack([loss, torch.ones_like(loss)])
 
     def on_validation_epoch_end(self):
-        """asteroid would log val_loss here once more; `EpochStatistics` does."""
+        # Lightning's own mean is wrong where ranks have unequal numbers of tracks.
+        total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
+        self.log("val_loss", total / count, prog_bar=True, sync_dist=True, batch_size=1)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None

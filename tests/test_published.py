@@ -22,6 +22,7 @@ import train
 from local.checkpoint import load_model
 from local.config import parse_conf
 from local.models import count_parameters, make_model
+from local.musdb18_dataset import keep_batch
 from local.musdb18_tracks import find_tracks
 from local.train.loaders import EpochSampler
 
@@ -310,7 +311,7 @@ def draw_batches(train_set, epoch: int, recipe: Recipe) -> list[tuple[Tensor, Te
     batches = [positions[start : start + size] for start in range(0, len(positions), size)]
     if recipe.drop_last and len(batches[-1]) < size:
         batches.pop()
-    return [train_set.__getitems__(batch) for batch in batches]
+    return [keep_batch(train_set.__getitems__(batch)) for batch in batches]
 
 
 def to_vector(model) -> Tensor:

@@ -317,7 +317,7 @@ def test_a_run_whose_last_checkpoints_are_all_damaged_is_kept(
         path.write_bytes(b"")
     for _ in range(2):
         error = error_of(train.main, *flags(exp_dir, corpus, epochs=4))
-        assert "holds a run, and no last-*.ckpt from which it could go on; name another" in error
+        assert "holds a run, and no last-*.ckpt to resume it from; name another" in error
     for name in ("best_model.pth", "logs/metrics.csv", "best_k_models.json", "conf.yml"):
         assert (exp_dir / name).read_bytes() == (undisturbed / name).read_bytes()
 
@@ -383,7 +383,7 @@ def test_a_run_of_single_steps_goes_on_from_its_first(corpus, tmp_path, monkeypa
 def test_a_checkpoint_of_another_run_is_kept_from_a_run(undisturbed, corpus, tmp_path, error_of):
     exp_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     before = write_times(exp_dir)
-    (path, *_) = list_last(undisturbed / "checkpaths")
+    (path, *_) = list_last(undisturbed / "checkpoints")
     error = error_of(train.main, *flags(exp_dir, corpus, "--resume", path, epochs=4))
     assert f"--resume {path}: {exp_dir} holds another run; name another --exp_dir" in error
     assert write_times(exp_dir) == before

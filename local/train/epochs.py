@@ -55,7 +55,7 @@ class EpochStatistics(pl.Callback):
     def on_validation_start(self, trainer, pl_module):
         self._training_seconds = read_clock_after_device(pl_module.device) - self._start
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer, pl_module):
         val_loss = trainer.callback_metrics["val_loss"]
         if not val_loss.isfinite():
             raise UserError(

@@ -37,7 +37,7 @@ def count_batches(conf: dict, items: int, ranks: int) -> int:
 
 
 class EpochSampler(Sampler):
-    """Yields the (epoch, index) pairs of this rank; every epoch shuffles all items anew.
+    """Yields the (epoch, index) pairs of this rank; all items are shuffled again in every epoch.
 
     The epoch comes with the index because persistent workers would not learn of it otherwise.
     Ranks get equally many items, so an epoch may lack up to ranks - 1 items.

@@ -97,11 +97,11 @@ def list_schedules(system: pl.LightningModule) -> list:
 
 def describe_objects(system: pl.LightningModule, trainer: pl.Trainer) -> dict[str, dict]:
     """Class and settings of optimizer, schedules, early stop and loss, as plain data."""
-    things = {"optimizer": system.optimizer, "early stop": trainer.early_stopping_callback}
-    things |= {f"schedule {i}": thing for i, thing in enumerate(list_schedules(system))}
+    built = {"optimizer": system.optimizer, "early stop": trainer.early_stopping_callback}
+    built |= {f"schedule {i}": thing for i, thing in enumerate(list_schedules(system))}
     described = {
         name: {"kind": type(thing).__name__, "settings": read_settings(thing)}
-        for name, thing in things.items()
+        for name, thing in built.items()
         if thing is not None
     }
     return {**described, "loss": {"kind": describe_object(system.loss_func), "settings": {}}}
