@@ -100,9 +100,20 @@ def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
     )
 
 
+# test_benchmark.py measures the same in its own process.
+slow = pytest.mark.skipif(
+    "RECIPE_SLOW_TESTS" not in os.environ,
+    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
+)
+
+
+def find_marks(command: str) -> list[pytest.MarkDecorator]:
+    marks = {"./run.sh": needs_venv, "python tests/benchmark.py": slow}
+    return [mark for start, mark in marks.items() if command.startswith(start)]
+
+
 @pytest.mark.parametrize(
-    "command",
-    [pytest.param(c, marks=needs_venv if c.startswith("./run.sh") else ()) for c in commands()],
+    "command", [pytest.param(command, marks=find_marks(command)) for command in commands()]
 )
 def test_the_command_works(command, checkout, experiment, tmp_path):
     kind = max((kind for kind in SMALLER if command.startswith(kind)), key=len)
