@@ -159,7 +159,9 @@ def test_flac_and_a_list_of_validation_tracks(tmp_path):
 
 def test_the_command_works_from_any_folder(corpus, tmp_path):
     (tmp_path / "data").symlink_to(corpus)
-    result = run_command("train.py", "--root", "data", *TINY_RUN, cwd=tmp_path)
+    result = run_command(
+        "train.py", "--exp_dir", "exp/tmp", "--root", "data", *TINY_RUN, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     conf = yaml.safe_load((tmp_path / "exp" / "tmp" / "conf.yml").read_text())
     assert conf["data"]["root"] == str(tmp_path / "data")
