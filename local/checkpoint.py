@@ -1,4 +1,4 @@
-"""Models on disk: one way in for every kind of checkpoint, and the way out of a run."""
+"""Models on disk: load_model reads every kind of checkpoint, save_best_model writes ours."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ MUSDB18_LICENSE = {
 
 
 def save_best_model(path: Path, model: nn.Module, conf: dict) -> None:
-    """Writes a best_model.pth: plain types and tensors, all that is needed to rebuild the model."""
+    """Writes a best_model.pth: plain data, complete enough to rebuild the model from it alone."""
     content = {
         "model_name": model_name(conf),
         "model_args": model_args(conf),

@@ -36,14 +36,14 @@ class ConvTasNetStereo(nn.Module, HubModel):
         R: repeats.
         C: sources.
         audio_channels: channels of the mixture and of every source.
-        samplerate: in Hz; not used by the network, kept with the weights.
+        samplerate: in Hz; saved with the weights, not used by the network.
         norm_type: "gLN" (over channels and time), "cLN" (over channels, frame by frame), "BN"
             or "id" (none).
         causal: no block looks ahead. Only cLN, BN and id keep the whole network causal.
         mask_nonlinear: "relu", or "softmax" over the sources.
 
     Raises:
-        ValueError: lists every argument that cannot be.
+        ValueError: lists every invalid argument.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ConvTasNetStereo(nn.Module, HubModel):
         if causal and norm_type == "gLN":
             warnings.warn(
                 "causal with norm_type gLN: gLN normalises over the whole input, so the outputs"
-                " depend on the future; cLN keeps the model causal",
+                " depend on the future; use norm_type cLN for a causal model",
                 stacklevel=2,
             )
         self.N, self.L, self.B, self.H = N, L, B, H

@@ -228,6 +228,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def two_threads():
+    """For tests of the compiler, whose gradients are wrong on one thread of a CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_record(**changes) -> dict:
     """What eval.py says of the making of a track's scores."""
     made_with = {"checkpoint": "0" * 64, "method": "full", "scorer": "bsseval"}

@@ -28,14 +28,14 @@ def edited(monkeypatch) -> tasnet.ConvTasNetStereo:
     return random_model(SMALL).train()
 
 
-def test_the_model_itself_runs_where_it_was_edited_or_asked_for(edited):
+def test_an_edited_model_runs_itself(edited):
     assert isinstance(choose(edited)[0], RecomputingForward)
     with pytest.raises(ValueError, match="fast path differs from the model"):
         choose(edited, fast="yes")
 
 
 @pytest.mark.parametrize("fast, kind", [("auto", "fast"), ("yes", "fast"), ("no", "plain")])
-def test_the_flag_chooses_for_the_model_as_it_is(fast, kind):
+def test_the_flag_chooses_for_the_unedited_model(fast, kind):
     forward, note = choose(random_model(SMALL).train(), fast=fast)
     kinds = {"fast": TrainingForward, "plain": RecomputingForward}
     assert type(forward) is kinds[kind]
@@ -43,7 +43,7 @@ def test_the_flag_chooses_for_the_model_as_it_is(fast, kind):
 
 
 @pytest.mark.skipif(not os.environ.get("RECIPE_SLOW_TESTS"), reason="RECIPE_SLOW_TESTS is not set")
-def test_an_edited_model_is_compiled_in_place(edited):
+def test_an_edited_model_is_compiled_in_place(edited, two_threads):
     if fault := find_compiler_fault(CPU):
         pytest.skip(f"torch.compile does not work here: {fault}")
     plain, mixture = copy.deepcopy(edited), torch.randn(2, 2, 300)
@@ -64,14 +64,14 @@ def test_one_thread_of_a_cpu_is_not_compiled_for():
     assert "single CPU thread" in fault
 
 
-def test_a_missing_compiler_is_told_in_a_line(tmp_path):
+def test_a_missing_compiler_is_named_in_a_line(tmp_path):
     code = (
         "import os, torch\n"
         f"os.environ.update(CXX='/no/such/compiler', TORCHINDUCTOR_CACHE_DIR='{tmp_path}')\n"
         "from local.fast.choose import find_compiler_fault\n"
         "print(find_compiler_fault(torch.device('cpu')))"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, own_process=True)  # the compiler starts processes
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert result.stdout.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Edits that a researcher makes, by hand or in a notebook: none may train or separate unedited."""
+"""Edits of the model, in the file or in a notebook: training and inference must follow them all."""
 
 import copy
 
@@ -18,6 +18,8 @@ from local.inference import separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
 from local.tools.random_states import get_random_states
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2, samplerate=1000)
 TRAINING = {"memory": "some", "compile": "no", "fast": "auto"}
@@ -128,12 +130,12 @@ def test_an_edited_causal_model_cannot_be_streamed(monkeypatch):
             attempt()
 
 
-def test_what_mixes_the_songs_of_a_batch_is_seen(monkeypatch):
+def test_a_model_that_mixes_the_items_of_a_batch_is_different(monkeypatch):
     monkeypatch.setattr(tasnet.GlobalLayerNorm, "dims", (0, 1, 2))
     assert "outputs" in find_difference(make_model())
 
 
-def test_a_hook_for_all_modules_is_seen():
+def test_a_hook_for_all_modules_is_found():
     model = make_model()
     assert not find_difference(model)
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
@@ -173,11 +175,11 @@ def test_a_file_without_some_of_its_classes_still_works(monkeypatch, name):
         norm_type=st.sampled_from(NORM_TYPES),
     )
 )
-def test_the_model_as_it_is_keeps_its_fast_formulas(conf):
+def test_the_unedited_model_equals_the_fast_path(conf):
     assert find_difference(random_model(conf), training=True) == ""
 
 
-def test_looking_changes_nothing(monkeypatch):
+def test_the_check_changes_nothing(monkeypatch):
     edit(monkeypatch, *CLASSES["dropout"][:1], "forward", CLASSES["dropout"][1])
     model = make_model(norm_type="BN").train()
     state, device = copy.deepcopy(model.state_dict()), torch.device("cpu")

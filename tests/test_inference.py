@@ -306,7 +306,7 @@ def test_memory_of_full_is_that_of_two_tensors_at_any_depth():
     "segment, overlap",
     [(1.0, 1.2), (1.0, -0.1), (0.0, 0.0), (-1, 0), (float("inf"), 0.1), (1e308, 1)],
 )
-def test_settings_that_cannot_be(segment, overlap):
+def test_invalid_settings(segment, overlap):
     with pytest.raises(ValueError, match="expected 0 <= overlap < segment"):
         separate(Identity(), torch.zeros(2, 100), "overlap-add", segment, overlap)
 
@@ -336,13 +336,13 @@ def test_a_segment_shorter_than_the_filter():
         (torch.full((2, 50), -torch.inf), "NaN or infinity"),
     ],
 )
-def test_mixtures_that_cannot_be(method, mixture, message):
+def test_invalid_mixtures(method, mixture, message):
     model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
     with pytest.raises(ValueError, match=message):
         separate(model, mixture, method)
 
 
-def test_methods_that_cannot_be():
+def test_invalid_methods():
     with pytest.raises(
         ValueError, match="method must be one of overlap-add, full, stream, got 'x'"
     ):

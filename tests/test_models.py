@@ -59,18 +59,18 @@ SHARED = dict(C=2, audio_channels=2, samplerate=8000)
 
 
 @pytest.fixture
-def entered(monkeypatch):
+def added(monkeypatch):
     monkeypatch.setitem(MODELS, "Doubled", Doubled)
     monkeypatch.setitem(MODELS, "Strict", Strict)
 
 
 @pytest.mark.smoke
-def test_a_model_knows_what_is_asked_of_any(entered):
+def test_a_model_gets_the_shared_attributes(added):
     model = build_model("Doubled", SHARED)
     assert (model.C, model.audio_channels, model.samplerate) == (2, 2, 8000)
 
 
-def test_faults_of_an_entry(entered):
+def test_unknown_models_and_keywords_are_named(added):
     with pytest.raises(ValueError, match="no model Other; local/models.py has ConvTasNetStereo"):
         build_model("Other", SHARED)
     assert find_keyword_faults("Doubled", {"anything": 1}) == []
@@ -81,14 +81,14 @@ def test_faults_of_an_entry(entered):
         sketch_model("Strict", {**SHARED, "width": 0})
 
 
-def test_a_sketch_is_made_in_earnest_where_it_must(entered):
+def test_a_sketch_has_weights_only_if_the_constructor_needs_them(added):
     before = torch.get_rng_state()
     assert sketch_model("Strict", SHARED).net.weight.device.type == "cpu"  # item() needs a number
     assert sketch_model("Doubled", SHARED).scale.device.type == "meta"
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_wrong_shape_is_seen_without_computing(entered):
+def test_a_wrong_shape_is_found_without_computing(added):
     assert "got (1, 2, 4, 100)" in find_shape_fault(sketch_model("Doubled", SHARED), 100)
     network = dict(N=4, L=4, B=4, H=4, X=1, R=1, C=2, audio_channels=2)
     assert find_shape_fault(sketch_model("ConvTasNetStereo", network), 101) == ""
@@ -97,7 +97,7 @@ def test_a_wrong_shape_is_seen_without_computing(entered):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project in which somebody has entered a model."""
+    """A copy of the project to which somebody has added a model."""
     folder = copy_project(tmp_path_factory.mktemp("own") / "project")
     (folder / "local" / "own_net.py").write_text(OWN_MODEL.lstrip())
     models = folder / "local" / "models.py"
@@ -150,8 +150,8 @@ def test_a_model_of_ones_own_through_all_commands(project, corpus):
     assert "OwnNet" in refused and "stream" in refused
 
 
-def test_this_project_names_what_it_has_not(project, experiment, corpus, tmp_path):
-    """A checkpoint of a model that is entered elsewhere, and not here."""
+def test_a_model_that_is_not_in_models_is_named(project, experiment, corpus, tmp_path):
+    """A checkpoint of a model that another copy of the project has."""
     content = torch.load(experiment / "best_model.pth", weights_only=True)
     torch.save({**content, "model_name": "OwnNet"}, tmp_path / "best_model.pth")
     command = ["eval.py", "--exp_dir", experiment, "--out_dir", "x", "--root", corpus]

@@ -8,6 +8,8 @@ from local.fast.recompute import RecomputingForward, find_recomputed
 from local.tasnet import NORM_TYPES, TemporalBlock
 from local.tools.choices import MEMORY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=3, R=2, C=2, audio_channels=2)
 
 
@@ -47,8 +49,8 @@ def test_a_step_is_that_of_the_model_to_the_last_bit(norm_type, memory, drops):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_less_is_kept_and_more_is_computed_again():
-    kept, calls = {}, {}
+def test_more_recomputing_saves_fewer_tensors():
+    saved, calls = {}, {}
     for memory in MEMORY:
         model, count, sizes = make_model(), [], {}
         forward = RecomputingForward(model, memory)
@@ -62,12 +64,12 @@ def test_less_is_kept_and_more_is_computed_again():
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             estimates = forward(torch.randn(1, 2, 4000))
         estimates.mean().backward()
-        kept[memory], calls[memory] = sum(sizes.values()), len(count)
-    assert kept["none"] > 2 * kept["some"] > 2 * kept["most"]
+        saved[memory], calls[memory] = sum(sizes.values()), len(count)
+    assert saved["none"] > 2 * saved["some"] > 2 * saved["most"]
     assert calls == {"none": 1, "some": 2, "most": 2}
 
 
-def test_what_is_computed_again():
+def test_which_parts_are_recomputed():
     model = make_model()
     repeats = list(model.separator.network[2])
     blocks = [block for repeat in repeats for block in repeat]
@@ -90,7 +92,7 @@ def test_without_repeats_most_is_as_some():
     assert find_recomputed(chain, "most") == ([chain.first, chain.second], "")
 
 
-def test_why_nothing_is_computed_again():
+def test_the_reason_is_given_if_nothing_is_recomputed():
     assert "block_class" in find_recomputed(nn.Linear(1, 1), "some")[1]
     model = make_model()
     model.separator.network[2][1][0].net[1].register_forward_hook(lambda *_: None)

@@ -8,6 +8,8 @@ from torch import nn
 from local.fast.rows import GlobalNorm, LocalNorm, RowDepthwise, RowModel
 from local.tasnet import ConvTasNetStereo, GlobalLayerNorm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -12,6 +12,8 @@ from torch.nn.functional import l1_loss
 
 from local.tasnet import ConvTasNetStereo, overlap_and_add
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = [
     "noncausal_gln",
     "noncausal_cln",
@@ -207,23 +209,13 @@ def test_a_folder_with_other_weights_is_refused(tmp_path):
         ConvTasNetStereo.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "serialized"])
-def test_load_reads_what_was_saved(kind, tmp_path):
+def test_load_reads_what_serialize_gave(tmp_path):
     model = small_model(causal=True, norm_type="BN", mask_nonlinear="softmax", P=4)
-    source = tmp_path / "best_model.pth"
-    if kind == "folder":
-        model.save_pretrained(source := tmp_path / "folder")
-    elif kind == "file":
-        conf = {**SMALL, "causal": True, "norm_type": "BN", "mask_nonlinear": "softmax", "P": 4}
-        content = {"model_args": conf, "state_dict": model.state_dict()}
-        torch.save(content, source)
-    else:
-        torch.save(model.serialize(), source)
-    loaded = ConvTasNetStereo.load(source)
+    torch.save(model.serialize(), tmp_path / "model.pth")
+    loaded = ConvTasNetStereo.load(str(tmp_path / "model.pth"))
     mixture = torch.randn(1, 2, 300)
     assert torch.equal(loaded(mixture), model(mixture))
     assert not loaded.training
-    assert type(ConvTasNetStereo.load(str(source))) is ConvTasNetStereo
 
 
 def test_serialize_gives_plain_data_and_every_argument(tmp_path):
@@ -243,10 +235,8 @@ def test_serialize_gives_plain_data_and_every_argument(tmp_path):
         ("exp/best_model.pth", "no such file or folder: exp/best_model.pth"),
         ("nobody/NoSuchModel", "nobody/NoSuchModel: .*from the hub"),
         ("empty", "empty: not a usable folder"),
-        ("text.pth", "text.pth: damaged"),
         ("other.pth", "other.pth: holds a DPTNet"),
         ("published.pth", "published.pth: holds no model_args.*load_model"),
-        ("short.pth", "short.pth: another model"),
         ("nan.pth", "nan.pth: .*NaN"),
     ],
 )
@@ -254,11 +244,9 @@ def test_load_says_what_is_no_model(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.pth").write_text("text")
     content = small_model().serialize()
     torch.save({**content, "model_name": "DPTNet"}, "other.pth")
     torch.save({"state_dict": content["state_dict"]}, "published.pth")
-    torch.save({**content, "state_dict": {}}, "short.pth")
     state = {name: tensor * torch.nan for name, tensor in content["state_dict"].items()}
     torch.save({**content, "state_dict": state}, "nan.pth")
     with pytest.raises(ValueError, match=words) as error:

@@ -15,12 +15,12 @@ from local.tools.choices import MEMORY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MIDDLING = dict(N=24, L=8, B=16, H=32, P=3, X=3, R=2, C=2, audio_channels=2)
+MEDIUM = dict(N=24, L=8, B=16, H=32, P=3, X=3, R=2, C=2, audio_channels=2)
 DIRECTIONS = [pytest.param(False, id="non-causal"), pytest.param(True, id="causal")]
 
 
 def make_model(norm_type: str, causal: bool = False, **sizes) -> ConvTasNetStereo:
-    return random_model({**MIDDLING, **sizes, "norm_type": norm_type, "causal": causal}).train()
+    return random_model({**MEDIUM, **sizes, "norm_type": norm_type, "causal": causal}).train()
 
 
 def make_batch(model: ConvTasNetStereo, items: int = 3, time: int = 500):
@@ -78,7 +78,7 @@ def test_float32_agrees_with_the_plain_model(norm_type, causal, memory):
     items=st.integers(1, 3),
     time=st.integers(50, 200),
 )
-def test_the_formulas_are_the_same_at_any_size(conf, memory, items, time):
+def test_float64_agrees_with_the_plain_model_at_any_size(conf, memory, items, time):
     model = random_model(conf).double().train()
     batch = make_batch(model, items, time)
     expected, found = run(model, batch), run(model, batch, memory)
@@ -113,24 +113,24 @@ def test_silence_gives_no_nan(norm_type, dtype):
         assert all(value.isfinite().all() for value in found.values())
 
 
-def test_settings_keep_less_and_less():
+def test_more_recomputing_saves_fewer_tensors():
     model = make_model("cLN", X=8)
     mixture, _ = make_batch(model)
 
-    def count_kept(separate) -> int:
-        kept = {}  # by storage: the graph names many tensors twice
+    def count_saved(separate) -> int:
+        saved = {}  # by storage: the graph names many tensors twice
 
         def note(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             estimates = separate(mixture)
         assert estimates.requires_grad
-        return sum(kept.values())
+        return sum(saved.values())
 
     plain, none, some = (
-        count_kept(separate)
+        count_saved(separate)
         for separate in (model, TrainingForward(model, "none"), TrainingForward(model, "some"))
     )
     frames = (mixture.shape[-1] - 8) // 4 + 1
@@ -140,7 +140,7 @@ def test_settings_keep_less_and_less():
     assert none < plain / 2
 
 
-def test_most_keeps_a_repeat_at_a_time():
+def test_most_recomputes_a_repeat_at_a_time():
     model = make_model("id", X=8)
     mixture, targets = make_batch(model)
     calls = []
@@ -185,13 +185,12 @@ def test_the_same_graph_can_be_walked_twice(memory):
     assert error(found, 2 * expected) < 1e-5
 
 
-@pytest.mark.parametrize(("norm_type", "causal"), [("gLN", False), ("cLN", True)])
-def test_a_few_hundred_steps_give_the_same_curve(norm_type, causal):
+def test_a_few_hundred_steps_give_the_same_curve():
     torch.manual_seed(3)
     mixtures, targets = torch.randn(20, 2, 2, 300), torch.randn(20, 2, 2, 2, 300)
     curves = []
     for fast in (False, True):
-        model = make_model(norm_type, causal, N=8, B=6, H=10, X=2)
+        model = make_model("gLN", N=8, B=6, H=10, X=2)
         separate = TrainingForward(model) if fast else model
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         curve = []
@@ -222,14 +221,6 @@ def test_bf16_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-
-
-@pytest.fixture
-def two_threads(one_thread):
-    """On one thread of a CPU, compiled gradients are wrong: see find_compiler_fault."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 COMPILED = [("gLN", "some"), ("cLN", "some"), ("BN", "most"), ("id", "none")]
@@ -266,7 +257,7 @@ def test_memory_must_be_one_of_three():
         TrainingForward(make_model("gLN"), "all")
 
 
-def test_frozen_statistics_of_bn_are_those_that_were_kept():
+def test_frozen_statistics_of_bn_are_used():
     model = make_model("BN")
     for part in model.modules():
         if isinstance(part, torch.nn.BatchNorm1d):

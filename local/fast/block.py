@@ -216,32 +216,32 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, passes, saves_all, scratch, shape, residual, *weights):
         ctx.passes, ctx.scratch, ctx.shape = passes, scratch, shape
-        weights, entered = BlockWeights(*weights), residual.to(weights[0].dtype)
+        weights, inputs = BlockWeights(*weights), residual.to(weights[0].dtype)
         with torch.autocast(residual.device.type, enabled=False):
             out = None if saves_all else scratch.hidden
-            hidden = _product(entered, weights.expand.t(), out)
+            hidden = _product(inputs, weights.expand.t(), out)
             normed, mixed, moments = passes.forward(hidden, weights, shape, saves_all, scratch)
             residual = residual + _product(normed, weights.project.t())
         saved = (hidden, mixed) if saves_all else (None, None)
-        ctx.save_for_backward(entered, *saved, *moments, *weights)
+        ctx.save_for_backward(inputs, *saved, *moments, *weights)
         ctx.mark_non_differentiable(*(moment for moment in moments if moment is not None))
         return residual, *moments
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        entered, hidden, mixed, *rest = ctx.saved_tensors
+        inputs, hidden, mixed, *rest = ctx.saved_tensors
         moments, weights = BlockMoments(*rest[:4]), BlockWeights(*rest[4:])
         passes, scratch, shape = ctx.passes, ctx.scratch, ctx.shape
         if hidden is None:
-            hidden = _product(entered, weights.expand.t(), scratch.hidden)
+            hidden = _product(inputs, weights.expand.t(), scratch.hidden)
         normed, mixed = passes.recompute(hidden, mixed, moments, weights, shape, scratch)
         grad_update = grad.to(hidden.dtype)
         grad_project = _product_over_frames(grad_update, normed)
         inner = _product(grad_update, weights.project, scratch.grad)
         inner, *grads_out = passes.backward_out(inner, mixed, moments, weights, shape, scratch)
         inner, *grads_in = passes.backward_in(inner, hidden, moments, weights, shape, scratch)
-        grad_expand = _product_over_frames(inner, entered)
+        grad_expand = _product_over_frames(inner, inputs)
         grad_residual = grad + _product(inner, weights.expand)
         grads = grad_residual, grad_expand, *grads_in, *grads_out, grad_project
         return None, None, None, None, *grads

@@ -8,8 +8,8 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from importlib.metadata import version
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -85,12 +85,16 @@ class HubModel(PyTorchModelHubMixin):
 
 
 def software_versions() -> dict[str, str]:
-    """Of the packages that train a model."""
-    return {name: version(name) for name in ("torch", "pytorch-lightning", "asteroid")}
+    """Those of the installed packages that train a model."""
+    found = {}
+    for name in ("torch", "pytorch-lightning", "asteroid"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """torch.save() that leaves the old file or the whole new one, even after a power failure.
+    """torch.save() that leaves the old file or the complete new one, even at a power failure.
 
     Raises:
         OSError: it cannot be written; torch.save itself raises another error then.
@@ -142,7 +146,7 @@ def restore_model(path: Path, content: dict, make_model: Callable[[], nn.Module]
     """A new model with the weights of a checkpoint, in eval mode.
 
     Raises:
-        UserError: it cannot be made, its weights are others, or they hold NaN or infinity.
+        UserError: it cannot be made, the weights are of another model, or hold NaN or infinity.
     """
     # Lightning's names are those of the System, whose model is `model`.
     state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
