@@ -42,7 +42,12 @@ def make_parser() -> OneLineParser:
     add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
     add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
-    add("--scorer", choices=SCORERS, default=SCORERS[0], help="same numbers, slower: museval")
+    add(
+        "--scorer",
+        choices=SCORERS,
+        default=SCORERS[0],
+        help="museval gives the same numbers, slower [%(default)s]",
+    )
     add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")
     return parser
 
@@ -86,7 +91,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
             scored += [track for found, _ in parts for track in found]
             failures = {name: reason for _, failed in parts for name, reason in failed.items()}
             text = write_results(out, sorted(scored, key=lambda track: track.name), failures)
-            print(f"\n{text}\nAll of it is in {out}")
+            print(f"\n{text}\nAll results are in {out}")
             return failures
 
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,15 +144,16 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
             shown = comments.get(name, "").replace("%", "%%")
             shown += "" if default == "" else " [%(default)s]"
             names = [f"--{name}", "--n_src"] if name == "C" else [f"--{name}"]
-            kind = _read_yes_or_no if key.kind is bool else key.kind
+            kind = partial(_read_value, key.kind)
             group.add_argument(*names, dest=name, default=default, type=kind, help=shown)
     return parser
 
 
-def _read_yes_or_no(word: str) -> bool:
-    if word.lower() not in WORDS:
-        raise argparse.ArgumentTypeError(f"expected yes or no, got {word!r}")
-    return WORDS[word.lower()]
+def _read_value(kind: type, word: str):
+    try:
+        return WORDS[word.lower()] if kind is bool else kind(word)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {KIND_NAMES[kind]}, got {word!r}") from None
 
 
 def read_conf(path: Path = CONF_FILE) -> dict:
@@ -216,7 +218,7 @@ def find_faults(conf: dict) -> list[str]:
             ]
     if read_interval(values["checkpoint_every"]) is None:
         faults.append(
-            "--checkpoint_every must be such as '30 min' or '500 steps',"
+            "--checkpoint_every must look like '30 min' or '500 steps',"
             f" got '{values['checkpoint_every']}'"
         )
     if not values["root"]:
@@ -229,10 +231,8 @@ def find_faults(conf: dict) -> list[str]:
         faults.append("--exp_dir must not be empty")
     targets = 2 if values["mix_background"] else 4
     if values["C"] != targets:
-        faults.append(
-            f"--C must be {targets} with --mix_background {values['mix_background']},"
-            f" got {values['C']}"
-        )
+        word = "yes" if values["mix_background"] else "no"
+        faults.append(f"--C must be {targets} with --mix_background {word}, got {values['C']}")
     if values["audio_channels"] != 2:
         faults.append(f"--audio_channels must be 2 (stereo), got {values['audio_channels']}")
     if values["accelerator"] == "gpu" and not torch.cuda.is_available():

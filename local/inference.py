@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from local.fast.equal import choose_fast
+from local.fast.choose import choose_fast
 from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
 from local.models import least_samples
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault

@@ -77,7 +77,7 @@ def run(args: Namespace) -> int:
     import torch
 
     from local.estimates import check_method_flags, load_separator
-    from local.fast.equal import describe_fast
+    from local.fast.choose import describe_fast
     from local.raw_stream import separate_stream
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -48,11 +48,14 @@ MESSAGE = struct.Struct("ci")  # b"p" and the number of the process, then b"s" a
 class ForkServer:
     """Starts the server, with this environment; it ends when this process does."""
 
-    # Numbers of threads, which `become` sets, and what libraries set themselves.
+    # Numbers of threads, which `become` sets, and what libraries set when a test calls a command.
     FREE = (
         "OMP_NUM_THREADS",
         "MKL_NUM_THREADS",
         "OPENBLAS_NUM_THREADS",
+        "KMP_DUPLICATE_LIB_OK",
+        "PL_GLOBAL_SEED",
+        "PL_SEED_WORKERS",
         "PYTORCH_NVML_BASED_CUDA_CHECK",
         "TORCHINDUCTOR_CACHE_DIR",
     )

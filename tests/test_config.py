@@ -132,7 +132,7 @@ def test_faults_of_the_values_are_reported_together():
         "--max_steps must be at least 1, or -1 for no limit, got 0",
         "--segment must be a number above 0, got nan",
         "--root is needed",
-        "--C must be 2 with --mix_background True, got 3",
+        "--C must be 2 with --mix_background yes, got 3",
         "--audio_channels must be 2 (stereo), got 1",
         "--num_workers must be at least 0, got -1",
         "--valid_tracks: no such file: x",
@@ -184,7 +184,7 @@ def test_missing_keys_and_sections_are_named(tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--lr", "fast"], "argument --lr: expected a number, got 'fast'"),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
         (["--seg", "1"], "unrecognized arguments: --seg"),
         (["--causal", "perhaps"], "argument --causal: expected yes or no, got 'perhaps'"),

@@ -12,8 +12,8 @@ from torch import nn
 
 from local import tasnet
 from local.fast import equal
-from local.fast.choose import choose_forward
-from local.fast.equal import choose_fast, describe_fast, find_difference
+from local.fast.choose import choose_fast, choose_forward, describe_fast
+from local.fast.equal import find_difference
 from local.inference import separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo

@@ -405,7 +405,7 @@ def test_two_ranks_share_the_tracks(undisturbed, experiment, long_corpus, tmp_pa
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert contents(out) == contents(undisturbed)
-    assert printed.count("\nAll of it is in ") == 1
+    assert printed.count("\nAll results are in ") == 1
     for name in ("Song 0", "Song 5"):
         assert printed.count(f"{name}: SDR vocals ") == 1
 
@@ -535,7 +535,7 @@ def test_scores_of_other_tracks_are_not_mixed_with_these(
         (["--checkpoint", "nothing.pth"], "--checkpoint: no such file or folder: nothing.pth"),
         (["--root", "nowhere"], "--root: no such folder: nowhere"),
         (["--suffix", "mp3"], "argument --suffix: invalid choice: 'mp3'"),
-        (["--segment", "1e-5", "--overlap", "0"], "--segment, --overlap: expected"),
+        (["--segment", "1e-5", "--overlap", "0"], "--segment, --overlap: segment must be"),
         (["--out_dir", ""], "--out_dir must not be empty"),
         (["--use_gpu", "2"], "argument --use_gpu: invalid choice: 2"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),

@@ -357,7 +357,7 @@ def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
 @pytest.mark.parametrize("every", ["", "5", "min", "-3 min", "5 hours", "1e3 steps"])
 def test_how_often_must_be_said_with_its_unit(every, corpus, tmp_path, error_of):
     error = error_of(train.main, *flags(tmp_path, corpus, "--checkpoint_every", every))
-    assert f"--checkpoint_every must be such as '30 min' or '500 steps', got '{every}'" in error
+    assert f"--checkpoint_every must look like '30 min' or '500 steps', got '{every}'" in error
 
 
 # Other files

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from local.fast.equal import describe_fast
+from local.fast.choose import describe_fast
 from local.tools.choices import SUFFIXES
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.ffmpeg import need_ffmpeg
@@ -74,7 +74,7 @@ def describe_evaluation(args: Namespace, model: nn.Module, tracks: int) -> str:
         device += " (--use_gpu 1 runs on the GPU)"
     segments = ""
     if args.method == "overlap-add":
-        segments = f", segments of {args.segment} s with {args.overlap} s of crossfade"
+        segments = f" (--segment {args.segment}, --overlap {args.overlap}, in seconds)"
     return (
         f"{plural(tracks, 'test track')} of {args.root}\n"
         f"separated by {args.checkpoint} on {device}, method {args.method}{segments}\n"

@@ -1,13 +1,48 @@
-"""The forward pass of training: the fast path or the model itself, compiled or not."""
+"""Whether the fast path is used, and which forward pass trains, compiled or not."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from local.fast.equal import choose_fast
+from local import tasnet
+from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward, allow_tf32_products
+from local.tools.choices import FAST
+
+
+def choose_fast(model: nn.Module, fast: str, training: bool = False) -> bool:
+    """Whether to use the fast path.
+
+    Args:
+        fast: one of FAST.
+
+    Raises:
+        ValueError: `fast` is none of FAST, or "yes" for a model that the fast path does not equal.
+    """
+    if fast not in FAST:
+        raise ValueError(f"fast must be one of {', '.join(FAST)}, got {fast!r}")
+    difference = "" if fast == "no" else find_difference(model, training)
+    if difference and fast == "yes":
+        raise ValueError(f"the fast path differs from the model: {difference}; use fast auto or no")
+    return fast != "no" and not difference
+
+
+def describe_fast(model: nn.Module, fast: str, training: bool = False) -> str:
+    """Which forward pass runs and why, for the first screen.
+
+    Raises:
+        ValueError: as choose_fast.
+    """
+    if choose_fast(model, fast, training):
+        return "the fast path, which equals the model in local/tasnet.py"
+    if type(model) is not tasnet.ConvTasNetStereo:
+        return "the model itself; the fast path is for ConvTasNetStereo only"
+    reason = "because of --fast no"
+    if fast != "no":
+        reason = f"from which the fast path differs ({find_difference(model, training)})"
+    return f"the model itself, {reason}: up to 4 times slower, with several times the memory"
 
 
 def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tuple[Callable, str]:
@@ -24,7 +59,7 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
     compiled = compile_ == "yes" or (compile_ == "auto" and is_fast and device.type == "cuda")
     note = ""
     if compiled:
-        note = "the first step compiles, which takes a minute or two"
+        note = "the first step compiles, which takes half a minute or so"
         if fault := find_compiler_fault(device):
             note = f"torch.compile does not work here, so nothing is compiled: {fault}"
             compiled = False

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from local import tasnet
 from local.fast.rows import RowModel
 from local.fast.training import TrainingForward
-from local.tools.choices import FAST
 from local.tools.private import has_hooks
 from local.tools.random_states import get_random_states, keep_random_states
 
@@ -48,39 +47,6 @@ def find_difference(model: nn.Module, training: bool = False) -> str:
             return _differences[architecture, compared]
     difference = find_numerical_difference(model, training)
     return _differences.setdefault((architecture, training), difference)
-
-
-def choose_fast(model: nn.Module, fast: str, training: bool = False) -> bool:
-    """Whether to use the fast path.
-
-    Args:
-        fast: one of FAST.
-
-    Raises:
-        ValueError: `fast` is none of FAST, or "yes" for a model that the fast path does not equal.
-    """
-    if fast not in FAST:
-        raise ValueError(f"fast must be one of {', '.join(FAST)}, got {fast!r}")
-    difference = "" if fast == "no" else find_difference(model, training)
-    if difference and fast == "yes":
-        raise ValueError(f"the fast path differs from the model: {difference}; use fast auto or no")
-    return fast != "no" and not difference
-
-
-def describe_fast(model: nn.Module, fast: str, training: bool = False) -> str:
-    """Which forward pass runs and why, for the first screen.
-
-    Raises:
-        ValueError: as choose_fast.
-    """
-    if choose_fast(model, fast, training):
-        return "the fast path, which equals the model in local/tasnet.py"
-    if type(model) is not tasnet.ConvTasNetStereo:
-        return "the model itself; the fast path is for ConvTasNetStereo only"
-    reason = "because of --fast no"
-    if fast != "no":
-        reason = f"from which the fast path differs ({find_difference(model, training)})"
-    return f"the model itself, {reason}: up to 4 times slower, with several times the memory"
 
 
 # 1. The structure

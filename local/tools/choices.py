@@ -17,13 +17,13 @@ SUFFIXES = ("wav", "flac")  # of the files of a data set
 def add_method_flags(parser: ArgumentParser) -> None:
     """Add --method, --segment, --overlap and --fast."""
     add = parser.add_argument
-    add("--method", choices=METHODS, default=METHODS[0], help="of separation [%(default)s]")
-    add("--segment", type=float, default=SEGMENT, help="overlap-add: seconds [%(default)s]")
-    add("--overlap", type=float, default=OVERLAP, help="overlap-add: crossfade [%(default)s]")
+    add("--method", choices=METHODS, default=METHODS[0], help="how to separate [%(default)s]")
+    add("--segment", type=float, default=SEGMENT, help="of overlap-add, in seconds [%(default)s]")
+    add("--overlap", type=float, default=OVERLAP, help="of overlap-add, in seconds [%(default)s]")
     add(
         "--fast",
         choices=FAST,
         default=FAST[0],
-        help="row layers of local/fast; auto: where they equal the model; yes: or fail; no: the"
+        help="the fast path of local/fast: auto, where it equals the model; yes, or stop; no, the"
         " model itself [%(default)s]",
     )

@@ -70,12 +70,13 @@ def _check_shares(conf: dict, items: int, valid_tracks: int, ranks: int) -> None
     if count_batches(conf, items, ranks) == 0:
         faults.append(
             f"--batch_size {conf['training']['batch_size']} on {plural(ranks, 'device')} is more"
-            f" than the {items} training items of an epoch; lower it or raise --samples_per_track"
+            f" than the {items} training items of an epoch; lower --batch_size or --devices, or"
+            " raise --samples_per_track"
         )
     if valid_tracks < ranks:
         faults.append(
             f"--devices: {ranks} devices have only {plural(valid_tracks, 'track')} to validate on;"
-            f" use --devices {valid_tracks} or more validation tracks"
+            f" use at most {valid_tracks}, or more validation tracks"
         )
     raise_together(faults)
 

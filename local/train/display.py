@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from local.fast.equal import choose_fast
+from local.fast.choose import choose_fast
 from local.streaming import find_stream_fault
 from local.tools.command_line import plural
 from local.tools.private import draw_bar_if
@@ -32,12 +32,13 @@ def describe_epoch(epoch: int, metrics: dict, seconds: float) -> str:
 
 def describe_end(trainer: pl.Trainer) -> str:
     """Why training ended, and where the best model is."""
-    stopper = trainer.early_stopping_callback
+    stopper, steps = trainer.early_stopping_callback, plural(trainer.global_step, "step")
     if stopper is not None and stopper.stopped_epoch:
         why = f"stopped in epoch {stopper.stopped_epoch}: {stopper.stopping_reason_message}"
+    elif trainer.global_step == trainer.lightning_module.config["training"]["max_steps"]:
+        why = f"stopped after {steps} (--max_steps)"
     else:
-        epochs = plural(trainer.current_epoch, "epoch")
-        why = f"trained for {epochs}, {plural(trainer.global_step, 'step')}"
+        why = f"trained for {plural(trainer.current_epoch, 'epoch')}, {steps}"
     return f"{why}; {_describe_best(trainer)}"
 
 
@@ -130,7 +131,7 @@ class Forecast(pl.Callback):
 
 
 def estimate_validation_memory(system: pl.LightningModule, samples: int) -> int:
-    """Bytes that separate(model, track, "full") keeps for a track, with the fast formulas."""
+    """Bytes that separate(model, track, "full") keeps for a track, with the fast path."""
     if not find_stream_fault(system.model):
         return 0
     sizes, training = system.config["convtasnet"], system.config["training"]

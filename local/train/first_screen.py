@@ -5,7 +5,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from local.fast.equal import choose_fast, describe_fast
+from local.fast.choose import choose_fast, describe_fast
 from local.fast.recompute import find_recomputed
 from local.musdb18_dataset import SegmentDataset, TrackDataset
 from local.tasnet import ConvTasNetStereo
@@ -23,7 +23,7 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
         resumed: as of `resume.find_resumed`.
 
     Raises:
-        UserError: `--fast yes`, and the fast formulas differ from the model.
+        UserError: `--fast yes`, and the fast path differs from the model.
     """
     conf = system.config
     training, data = conf["training"], conf["data"]
@@ -31,9 +31,7 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
     exp_dir = Path(conf["main_args"]["exp_dir"])
     batches = count_batches(conf, len(train_set), trainer.world_size)
     parameters = sum(parameter.numel() for parameter in system.model.parameters())
-    stopper = trainer.early_stopping_callback
-    early = f", or {describe_object(stopper)}" if stopper else ""
-    how = "whole" if training["valid_method"] == "full" else f"by {training['valid_method']}"
+    how = "whole tracks" if training["valid_method"] == "full" else training["valid_method"]
     rows = {
         "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
         f" {data['sample_rate']} Hz",
@@ -44,7 +42,7 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
         "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
         f" {training['batch_size']} per device,"
         f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
-        "end": f"after {plural(training['epochs'], 'epoch')}{early}",
+        "end": _describe_limits(training, trainer),
         "loss": describe_object(system.loss_func),
         "optimizer": f"{describe_optimizer(system.optimizer)}; seed {training['seed']}",
         "schedule": ", ".join(map(describe_object, list_schedules(system))) or "none",
@@ -62,6 +60,14 @@ def describe_model(model: torch.nn.Module) -> str:
     if not isinstance(model, ConvTasNetStereo):
         return name
     return f"{name}, {'causal' if model.causal else 'non-causal'}, {model.norm_type}"
+
+
+def _describe_limits(training: dict, trainer: pl.Trainer) -> str:
+    limits = f"after {plural(training['epochs'], 'epoch')}"
+    if training["max_steps"] > 0:
+        limits += f" or {plural(training['max_steps'], 'step')}"
+    stopper = trainer.early_stopping_callback
+    return f"{limits}, or by {describe_object(stopper)}" if stopper else limits
 
 
 def _describe_forward(model: torch.nn.Module, training: dict) -> str:
@@ -86,7 +92,7 @@ def _describe_devices(trainer: pl.Trainer) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
-        name = f"CPU ({torch.get_num_threads()} threads)"
+        name = f"CPU ({plural(torch.get_num_threads(), 'thread')})"
     else:
         name = device.type
     return f"{trainer.world_size} x {name}"

@@ -30,7 +30,7 @@ def measure_peak_memory(trainer: pl.Trainer) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Resets Linux' peak of this process: before training, the comparison of the fast formulas
+    """Resets Linux' peak of this process: before training, the comparison of the fast path
     with the model takes more memory than some runs do.
     """
     with suppress(OSError):

@@ -189,7 +189,7 @@ def _refuse_changes(
     is_same_model = (model_name(before), model_args(before)) == (model_name(now), model_args(now))
     if not (changes or code_changes) or (accept and is_same_model):
         return
-    changed = "settings" if changes else "code"
+    changed = " and ".join(["settings"] * bool(changes) + ["code"] * bool(code_changes))
     advice = "name another --exp_dir"
     if is_same_model:
         advice += ", or resume with --resume_with_changes"
