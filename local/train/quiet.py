@@ -16,12 +16,15 @@ WARNINGS = (
 
 def quieten_lightning() -> None:
     """Hides Lightning's advertisements, advice and deprecations, and the error of the thread that
-    writes for TensorBoard, which its logger raises as well. Call it before Lightning is imported.
+    writes for TensorBoard, which its logger raises as well.
     """
     threading.excepthook = _show_thread_error
-    handler = logging.StreamHandler()  # Lightning adds one of its own only where there is none
+    # When it is imported, Lightning asks for INFO, and adds a handler only where there is none.
+    handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     logging.getLogger().addHandler(handler)
+    for name in ("pytorch_lightning", "lightning_fabric"):  # where it has been imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
