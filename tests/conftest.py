@@ -261,7 +261,7 @@ def start_python(
     preexec_fn=None,
     **options,
 ) -> subprocess.Popen | ForkedProcess:
-    """Starts Python as a process that heeds Ctrl-C; its other options are those of Popen.
+    """Starts Python as a process that Ctrl-C interrupts; its other options are those of Popen.
 
     It is forked after the slow imports where that makes no difference: see tests/forkserver.py.
     With `own_process` it is a new Python, as tests need that look at imports, at the peak memory,
@@ -273,7 +273,7 @@ def start_python(
     forks = sys.platform == "linux" and not own_process and preexec_fn is None
     if forks and fork_server().can_run(args, env):
         return fork_server().start(args, cwd=cwd or Path.cwd(), env=env, **options)
-    options["preexec_fn"] = preexec_fn or heed_signals
+    options["preexec_fn"] = preexec_fn or reset_signals
     return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, **options)
 
 
@@ -304,7 +304,7 @@ def run_command(
     return run_python(ROOT / script, *args, cwd=cwd, **options)
 
 
-def heed_signals() -> None:
+def reset_signals() -> None:
     """For a child process: a background job of a shell ignores Ctrl-C, one under nohup a closed
     terminal, and so do their children.
     """

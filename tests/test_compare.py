@@ -108,7 +108,7 @@ def test_a_shift_of_all_tracks_is_found_with_certainty(scores, shift):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=8))
-def test_an_interval_lies_within_the_tracks_and_heeds_no_sign(values):
+def test_an_interval_lies_within_the_tracks_whatever_their_signs(values):
     row = describe_paired(np.array(values))
     negative = describe_paired(-np.array(values))
     for name in ("mean", "median"):
@@ -131,7 +131,7 @@ names = st.lists(st.sampled_from(["a", "b", "out", "test"]), min_size=1, max_siz
 
 @given(st.lists(names.map(lambda parts: Path("/nowhere", *parts)), min_size=1, unique=True))
 def test_names_are_the_shortest_ends_that_tell_runs_apart(folders):
-    # A run and its test/ are told apart only where they exist.
+    # A run and its test/ can be distinguished only where they exist.
     folders = [path for path in folders if path.name != "test"]
     runs, faults = name_runs(folders, taken=["published causal"])
     assert not faults

@@ -24,12 +24,12 @@ from local.train.failures import describe_lost_worker, is_lost_connection, is_ou
     ],
     ids=str,
 )
-def test_errors_are_told_apart(error, kind):
+def test_errors_are_classified(error, kind):
     found = {
         "memory": is_out_of_memory(error),
         "connection": is_lost_connection(error),
     }
-    assert [name for name, told in found.items() if told] == ([kind] if kind else [])
+    assert [name for name, is_found in found.items() if is_found] == ([kind] if kind else [])
 
 
 def test_a_lost_worker_is_known_by_its_number(corpus, monkeypatch):

@@ -66,7 +66,7 @@ def test_a_program_starts_without_modules_of_the_project():
     [(["-W", "error", "-c", "pass"], {}), (["-c", "pass"], {"RANK": "1"})],
     ids=["flag", "variable"],
 )
-def test_what_only_a_new_python_heeds_is_run_by_one(args, variables):
+def test_what_needs_a_new_python_is_run_by_one(args, variables):
     process = start_python(*args, env={**os.environ, **variables})
     assert isinstance(process, subprocess.Popen)
     assert process.wait(timeout=60) == 0

@@ -105,8 +105,7 @@ def list_private_names(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             base = node.value
             is_own = isinstance(base, ast.Name) and base.id in ("self", "cls", "os")
-            is_hub_hook = node.attr == "_from_pretrained"  # which its documentation asks for
-            if not is_own and not is_hub_hook:
+            if not is_own:
                 yield f"{ast.unparse(node)} in line {node.lineno}"
         if isinstance(node, ast.ImportFrom):
             names = [node.module, *(name.name for name in node.names)]

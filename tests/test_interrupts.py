@@ -1,4 +1,4 @@
-"""How a run takes signals; that it goes on as if undisturbed is shown in test_resume."""
+"""How a run handles signals; test_resume shows that it resumes as if undisturbed."""
 
 import os
 import pty
@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY_RUN, heed_signals, start_python
+from conftest import TINY_RUN, reset_signals, start_python
 
 from local.train.interrupts import Interrupted, Interrupts
 
@@ -112,7 +112,7 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(start, tmp_path
 def test_ctrl_c_of_a_run_whose_output_goes_through_tee(start, tmp_path):
     read, write = os.pipe()
     command = ["tee", tmp_path / "log"]
-    tee = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, preexec_fn=heed_signals)
+    tee = subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, preexec_fn=reset_signals)
     process = start(seconds=2, stdout=write, stderr=write, more=["--samples_per_track", "8"])
     os.close(read), os.close(write)
     os.killpg(process.pid, signal.SIGINT)
@@ -138,3 +138,43 @@ def test_the_first_process_ends_a_validation():
     interrupts.on_validation_batch_start(SimpleNamespace(is_global_zero=False))
     with pytest.raises(Interrupted):
         interrupts.on_validation_batch_start(SimpleNamespace(is_global_zero=True))
+
+
+LOADERS = """
+import sys
+from local.config import parse_conf
+from local.musdb18_tracks import find_tracks
+from local.train.loaders import make_loaders
+from train import make_datasets
+
+conf = parse_conf(sys.argv[1:])
+tracks = find_tracks(conf["data"]["root"], "train", conf["data"]["sample_rate"])
+loader, _ = make_loaders(conf, *make_datasets(conf, tracks))
+batches = iter(loader)
+next(batches)
+print("ready", flush=True)
+while True:
+    next(batches, None)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_uses_the_loaders_can_be_stopped(signum, corpus):
+    """Outside fit their workers handle signals as any others do."""
+    flags = ["--root", corpus, *TINY_RUN, "--num_workers", "2", "--samples_per_track", "64"]
+    process = start_python(
+        "-c",
+        LOADERS,
+        *flags,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signum)
+    assert process.wait(timeout=60) != 0
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

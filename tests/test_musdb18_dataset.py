@@ -657,7 +657,7 @@ def test_ranks_share_an_epoch(items, ranks, epoch):
     assert sorted(index for share in valid for index in share) == list(range(items))
 
 
-def test_every_epoch_is_shuffled_anew():
+def test_every_epoch_is_shuffled_again():
     sampler = EpochSampler(100, seed=0)
     first = [index for _, index in sampler]
     sampler.set_epoch(1)

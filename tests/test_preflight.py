@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "free")
 
 
 def cut(path, share=0.9) -> None:
-    """Shortens a file, whose header goes on promising the whole."""
+    """Shortens a file, whose header still promises the whole."""
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
 

@@ -123,7 +123,7 @@ def test_what_the_objects_were_made_with_is_that_of_the_code(half, edited, monke
     assert stop.patience == 7
 
 
-def test_another_optimizer_starts_anew(half, edited, monkeypatch):
+def test_another_optimizer_starts_again(half, edited, monkeypatch):
     def change(system):
         system.optimizer = torch.optim.SGD(system.model.parameters(), lr=0.01)
         system.scheduler = StepLR(system.optimizer, 1)

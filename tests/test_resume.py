@@ -111,9 +111,7 @@ def run_until(batch: int, arguments: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("batches", [[1], [5], [11], [12], [13], [18], [24], [25], [36], [7, 3, 9]])
-def test_a_run_that_goes_on_ends_as_if_undisturbed(
-    batches, undisturbed, corpus, tmp_path, monkeypatch
-):
+def test_a_resumed_run_ends_as_if_undisturbed(batches, undisturbed, corpus, tmp_path, monkeypatch):
     arguments = flags(tmp_path / "run", corpus)
     for batch in batches:
         run_until(batch, arguments, monkeypatch)
@@ -121,7 +119,7 @@ def test_a_run_that_goes_on_ends_as_if_undisturbed(
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
 
-def test_loaders_with_processes_go_on_with_the_right_items(
+def test_loaders_with_workers_resume_with_the_right_items(
     undisturbed, corpus, tmp_path, monkeypatch
 ):
     arguments = flags(tmp_path / "run", corpus, "--num_workers", 2)
@@ -131,7 +129,7 @@ def test_loaders_with_processes_go_on_with_the_right_items(
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
 
-def test_all_random_numbers_go_on(corpus, tmp_path, monkeypatch):
+def test_random_states_are_resumed(corpus, tmp_path, monkeypatch):
     """None are drawn in a step as it is."""
 
     def draw(system, *args):
@@ -152,9 +150,7 @@ def test_all_random_numbers_go_on(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "place", ["training_step", "on_validation_epoch_start", "on_train_epoch_end"]
 )
-def test_a_run_that_heard_a_signal_goes_on(
-    place, undisturbed, corpus, tmp_path, monkeypatch, capsys
-):
+def test_a_run_that_got_a_signal_resumes(place, undisturbed, corpus, tmp_path, monkeypatch, capsys):
     def hear(system, *args):
         calls.append(args)
         if len(calls) == (2 if place == "on_validation_epoch_start" else 3):
@@ -171,9 +167,9 @@ def test_a_run_that_heard_a_signal_goes_on(
                 train.main(flags(tmp_path / "run", corpus))
             assert exit_.value.code == 143
             (newest, *_) = list_last(tmp_path / "run" / "checkpoints")
-            told = capsys.readouterr().err
-            assert "\ninterrupted in epoch " in told
-            assert told.endswith(f"the same command resumes from {newest}\n")
+            error = capsys.readouterr().err
+            assert "\ninterrupted in epoch " in error
+            assert error.endswith(f"the same command resumes from {newest}\n")
     train.main(flags(tmp_path / "run", corpus))
     assert end_of(tmp_path / "run") == end_of(undisturbed)
 
@@ -212,7 +208,7 @@ def undisturbed_by_chaos(corpus, tmp_path_factory) -> tuple[Path, dict[str, int]
     return folder / "run", json.loads((folder / "run.json").read_text())
 
 
-def test_killed_at_any_point_it_goes_on(undisturbed_by_chaos, corpus, tmp_path):
+def test_killed_at_any_point_it_resumes(undisturbed_by_chaos, corpus, tmp_path):
     expected, counts = undisturbed_by_chaos
     rng = random.Random(0)
     points = [(event, rng.randint(1, counts[event])) for event in EVENTS * 4][:20]
@@ -234,7 +230,7 @@ def test_killed_at_any_point_it_goes_on(undisturbed_by_chaos, corpus, tmp_path):
 
 
 @pytest.mark.smoke
-def test_a_moved_run_goes_on(undisturbed, corpus, tmp_path, monkeypatch):
+def test_a_moved_run_resumes(undisturbed, corpus, tmp_path, monkeypatch):
     run_until(20, flags(tmp_path / "before", corpus), monkeypatch)
     shutil.move(tmp_path / "before", tmp_path / "after")
     train.main(flags(tmp_path / "after", corpus))
@@ -270,7 +266,7 @@ def test_other_settings_are_refused_or_recorded(corpus, tmp_path, error_of, monk
     assert "--lr: 0.0005 before, 0.01 now" in (exp_dir / "changes.yml").read_text()
 
 
-def test_a_run_that_learned_nothing_starts_anew_with_any_settings(corpus, tmp_path, monkeypatch):
+def test_a_run_that_learned_nothing_starts_again_with_any_settings(corpus, tmp_path, monkeypatch):
     run_until(1, flags(tmp_path / "run", corpus), monkeypatch)
     train.main(flags(tmp_path / "run", corpus, "--lr", 0.01, epochs=1))
     train.main(flags(tmp_path / "new", corpus, "--lr", 0.01, epochs=1))
@@ -289,7 +285,7 @@ def test_what_may_change_freely(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", None])
-def test_a_damaged_checkpoint_is_set_aside(
+def test_a_damaged_checkpoint_is_renamed(
     content, undisturbed, corpus, tmp_path, monkeypatch, capsys
 ):
     arguments = flags(tmp_path / "run", corpus)
@@ -343,7 +339,7 @@ def test_another_folder_can_start_from_a_checkpoint(undisturbed, corpus, tmp_pat
     assert all(torch.equal(best[name], expected[name]) for name in expected)
 
 
-def test_only_two_checkpoints_to_go_on_from_are_kept(undisturbed):
+def test_only_the_last_two_checkpoints_are_kept(undisturbed):
     folder = undisturbed / "checkpoints"
     assert [path.name for path in list_last(folder)] == [
         "last-epoch=3-step=18.ckpt",
@@ -363,7 +359,7 @@ def test_how_often_must_be_said_with_its_unit(every, corpus, tmp_path, error_of)
 # Other files
 
 
-def test_a_run_of_single_steps_goes_on_from_its_first(corpus, tmp_path, monkeypatch):
+def test_a_run_of_single_steps_resumes_from_its_first(corpus, tmp_path, monkeypatch):
     """Killed when the first model is there, and no optimizer step but the first was begun."""
 
     def pull(best, *args):
@@ -467,7 +463,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [5, 14, 24])
-def test_a_run_goes_on_when_a_full_disk_has_room_again(
+def test_a_run_resumes_when_a_full_disk_has_room_again(
     batch, small_disk, undisturbed, corpus, monkeypatch, capsys
 ):
     def fill(system, *args):
@@ -484,9 +480,9 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(
         patch.setattr(MusicSystem, "on_train_batch_end", fill)
         train.main(arguments)
     assert exit_.value.code == 1
-    told = capsys.readouterr().err
-    assert f"train.py: error: {small_disk / 'run'} cannot be written (is the disk full?): " in told
-    assert "\nthe same command resumes from " in told
+    error = capsys.readouterr().err
+    assert f"train.py: error: {small_disk / 'run'} cannot be written (is the disk full?): " in error
+    assert "\nthe same command resumes from " in error
     filler.unlink()
     train.main(arguments)
     assert end_of(small_disk / "run") == end_of(undisturbed)
@@ -517,7 +513,7 @@ def test_another_number_of_devices_is_refused_or_recorded(corpus, tmp_path, erro
     assert "devices: 1 x cpu before, 2 x cpu now" in (exp_dir / "changes.yml").read_text()
 
 
-def test_another_model_cannot_go_on(undisturbed, corpus, error_of):
+def test_another_model_is_not_resumed(undisturbed, corpus, error_of):
     changed = flags(undisturbed, corpus, "--B", 12, "--lr", 0.1, "--resume_with_changes")
     error = error_of(train.main, *changed)
     assert "name another --exp_dir:\n  --B: 8 before, 12 now\n  --lr: 0.0005 before" in error
@@ -600,9 +596,9 @@ def test_a_flipped_bit_is_found_or_does_no_harm(undisturbed, tmp_path):
 def test_ranks_ask_each_other_once_a_second(tmp_path, monkeypatch):
     """In 20 s of steps of 10 ms, of which the clock of the first rank alone counts."""
 
-    def all_reduce(told, op):
+    def all_reduce(tensor, op):
         asked.append(trainer.global_step)
-        torch.maximum(told, torch.tensor(others), out=told)
+        torch.maximum(tensor, torch.tensor(others), out=tensor)
 
     others, asked, now = [0, 0, 0], [], [0.0]
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
@@ -641,7 +637,7 @@ def train_in_one_thread(exp_dir: Path, flags: list[str]) -> subprocess.Completed
     return result
 
 
-def stop_and_go_on(exp_dir: Path, flags: list[str], name: str, step: int, more=()) -> None:
+def stop_and_resume(exp_dir: Path, flags: list[str], name: str, step: int, more=()) -> None:
     """Starts the command, sends it a signal when it has saved that step, and starts it again."""
     signum, to_all, status = SIGNALS[name]
     process = start_training(
@@ -683,8 +679,8 @@ def undisturbed_command(long_flags, tmp_path_factory) -> Path:
         *[pytest.param(name, 60, marks=slow) for name in ("Ctrl-C", "kill", "kill -9")],
     ],
 )
-def test_the_command_goes_on_after_a_signal(name, step, undisturbed_command, long_flags, tmp_path):
-    stop_and_go_on(tmp_path / "run", long_flags, name, step, more=["--num_workers", 2])
+def test_the_command_resumes_after_a_signal(name, step, undisturbed_command, long_flags, tmp_path):
+    stop_and_resume(tmp_path / "run", long_flags, name, step, more=["--num_workers", 2])
     assert end_of(tmp_path / "run") == end_of(undisturbed_command)
 
 
@@ -706,8 +702,8 @@ def undisturbed_two(flags_of_two, tmp_path_factory) -> Path:
 
 @slow
 @pytest.mark.parametrize(("name", "step"), [("Ctrl-C", 3), ("kill", 20), ("kill -9", 40)])
-def test_two_processes_go_on_after_a_signal(name, step, undisturbed_two, flags_of_two, tmp_path):
-    stop_and_go_on(tmp_path / "run", flags_of_two, name, step)
+def test_two_processes_resume_after_a_signal(name, step, undisturbed_two, flags_of_two, tmp_path):
+    stop_and_resume(tmp_path / "run", flags_of_two, name, step)
     assert end_of(tmp_path / "run") == end_of(undisturbed_two)
 
 

@@ -63,7 +63,7 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     assert write_times(exp_dir) == before
 
     (exp_dir / ".trained").unlink()
-    interrupted = run_sh(checkout, *args, cwd=caller)  # it goes on; this one was at its end
+    interrupted = run_sh(checkout, *args, cwd=caller)  # it would resume; this one had finished
     assert interrupted.returncode == 0, interrupted.stderr
     assert "is finished, after 1 epoch" in interrupted.stdout
     evaluated = run_sh(checkout, "--stage", "2", "--tag=t")

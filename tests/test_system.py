@@ -114,7 +114,7 @@ def test_training_is_that_of_the_plain_model(tmp_path, made, memory):
     [("", True, 0), ("OSError: no compiler", False, 1)],
     ids=["works", "fails"],
 )
-def test_compile_yes_goes_on_without_a_compiler_that_fails(
+def test_compile_yes_trains_without_a_compiler_that_fails(
     tmp_path, made, monkeypatch, capsys, fault, compiled, said
 ):
     monkeypatch.setattr(local.fast.choose, "find_compiler_fault", lambda device: fault)

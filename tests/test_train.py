@@ -441,7 +441,7 @@ def kept_scores(exp_dir: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kilobytes", [1, 4, 16])
-def test_wherever_a_full_disk_is_met_it_is_told_in_a_line(kilobytes, corpus, tmp_path):
+def test_a_full_disk_is_one_line_wherever_it_is_met(kilobytes, corpus, tmp_path):
     """By the writer of TensorBoard, by that of metrics.csv, and by a checkpoint."""
     command = [sys.executable, ROOT / "train.py", "--exp_dir", tmp_path / "run", "--root", corpus]
     limited = f"ulimit -f {kilobytes}; exec {shlex.join(map(str, [*command, *TINY_RUN]))}"
