@@ -269,7 +269,9 @@ def start_python(
     """
     args = list(map(str, args))
     options = {"text": True, **options}
-    env = {"HF_HUB_OFFLINE": "1", **(os.environ if env is None else env)}
+    # Without what libraries have set in this process since.
+    own = {name: value for name, value in (env or {}).items() if os.environ.get(name) != value}
+    env = {**ENVIRONMENT, **own}
     forks = sys.platform == "linux" and not own_process and preexec_fn is None
     if forks and fork_server().can_run(args, env):
         return fork_server().start(args, cwd=cwd or Path.cwd(), env=env, **options)

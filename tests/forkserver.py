@@ -48,20 +48,10 @@ MESSAGE = struct.Struct("ci")  # b"p" and the number of the process, then b"s" a
 class ForkServer:
     """Starts the server, with this environment; it ends when this process does."""
 
-    # Numbers of threads, which `become` sets, and what libraries set when a test calls a command.
-    FREE = (
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "KMP_DUPLICATE_LIB_OK",
-        "PL_GLOBAL_SEED",
-        "PL_SEED_WORKERS",
-        "PYTORCH_NVML_BASED_CUDA_CHECK",
-        "TORCHINDUCTOR_CACHE_DIR",
-    )
+    FREE = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # `become` sets these
 
     def __init__(self, environment: dict[str, str]):
-        self._environment = {**environment, **dict.fromkeys(self.FREE[:3], "1")}
+        self._environment = {**environment, **dict.fromkeys(self.FREE, "1")}
         self._socket, end = socket.socketpair()
         with end:
             self._process = subprocess.Popen(
@@ -75,8 +65,7 @@ class ForkServer:
         """Whether the program needs no flag of Python, and no variable that libraries may read."""
         is_flag = args[0].startswith("-") and args[0] not in ("-c", "-m")
         changed = {name for name, _ in env.items() ^ self._environment.items()}
-        read = {name for name in changed if not name.startswith("PYTEST_")} - set(self.FREE)
-        return not is_flag and not read
+        return not is_flag and changed <= set(self.FREE)
 
     def start(
         self,

@@ -8,8 +8,6 @@ import pytest
 from conftest import ROOT, run_python, start_python
 from forkserver import ForkedProcess
 
-import train  # noqa: F401  libraries set variables when they are imported
-
 PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -30,8 +28,9 @@ PIPES = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PI
         ("import os, sys; print(os.getcwd(), sys.stdout.seekable(), sys.stdin.read())", 0),
     ],
 )
-def test_a_program_ends_and_writes_as_in_a_new_python(code, status):
+def test_a_program_ends_and_writes_as_in_a_new_python(code, status, monkeypatch):
     results = []
+    monkeypatch.setenv("SET_BY_A_LIBRARY", "1")
     for own_process in (False, True):
         process = start_python("-c", code, "a", own_process=own_process, **PIPES)
         assert isinstance(process, ForkedProcess) != own_process
