@@ -118,22 +118,18 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
         prog="train.py",
         description="Train a stereo ConvTasNet on MUSDB18. Defaults are in conf.yml.",
     )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="look at the files, the disk and the devices, say what the run would be, and end",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--check", action="store_true", help="check everything, describe the run, and end")
+    add(
         "--resume",
         default=OPTIONS["resume"],
-        help="auto: resume the run in"
-        " exp_dir, if there is one; never; or a last-*.ckpt to resume [auto]",
+        help="auto: the run in exp_dir, if there is one; never; or a last-*.ckpt [%(default)s]",
     )
-    parser.add_argument(
+    add(
         "--resume_with_changes",
         action="store_true",
-        help="resume although"
-        " settings, tracks, devices or code have changed, and record the changes",
+        help="resume although settings, tracks,"
+        " devices or code have changed, and record the changes",
     )
     text = conf_file.read_text(encoding="utf-8")
     comments = dict(re.findall(r"^  (\w+):.*?# (.*)$", text, re.MULTILINE))
