@@ -101,7 +101,7 @@ def find_stream_faults(args: Namespace) -> list[str]:
     if args.songs:
         faults.append(f"--stream reads stdin; omit {args.songs[0]}")
     if args.fast == "no":
-        faults.append("--stream uses the row layers of local/fast; omit --fast no")
+        faults.append("--stream needs the fast path; omit --fast no")
     for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
         if file is None or file.isatty():
             kind = "closed" if file is None else "a terminal"

@@ -97,6 +97,11 @@ def write_song(path: Path, rate=16000, channels=2, seconds=0.7, seed=0) -> np.nd
     return audio.astype(np.float32)
 
 
+slow = pytest.mark.skipif(
+    "RECIPE_SLOW_TESTS" not in os.environ,
+    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
+)
+
 # run.sh would otherwise make and fill another environment.
 needs_venv = pytest.mark.skipif(
     not (ROOT / ".venv").is_dir(), reason="no .venv, so these tests were not started by run.sh"

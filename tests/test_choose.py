@@ -1,9 +1,8 @@
 import copy
-import os
 
 import pytest
 import torch
-from conftest import random_model, run_python
+from conftest import random_model, run_python, slow
 
 from local import tasnet
 from local.fast.choose import choose_forward, find_compiler_fault
@@ -42,7 +41,7 @@ def test_the_flag_chooses_for_the_unedited_model(fast, kind):
     assert note == ""
 
 
-@pytest.mark.skipif(not os.environ.get("RECIPE_SLOW_TESTS"), reason="RECIPE_SLOW_TESTS is not set")
+@slow
 def test_an_edited_model_is_compiled_in_place(edited, two_threads):
     if fault := find_compiler_fault(CPU):
         pytest.skip(f"torch.compile does not work here: {fault}")

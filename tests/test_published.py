@@ -56,16 +56,8 @@ SMALL = (
 ).split()
 VALIDATION = (TRAIN_NAMES[1], TRAIN_NAMES[3])
 # Of machines with fewer cores than the published loaders have workers.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers this small only wait for a second thread, and sums come in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+WARNING = "ignore:This DataLoader will create 4 worker processes"
+pytestmark = [pytest.mark.filterwarnings(WARNING), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

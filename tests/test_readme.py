@@ -20,6 +20,7 @@ from conftest import (
     copy_project,
     needs_venv,
     random_model,
+    slow,
     write_corpus,
     write_song,
 )
@@ -100,14 +101,8 @@ def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
     )
 
 
-# test_benchmark.py measures the same in its own process.
-slow = pytest.mark.skipif(
-    "RECIPE_SLOW_TESTS" not in os.environ,
-    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
-)
-
-
 def find_marks(command: str) -> list[pytest.MarkDecorator]:
+    # test_benchmark.py measures the same in its own process.
     marks = {"./run.sh": needs_venv, "python tests/benchmark.py": slow}
     return [mark for start, mark in marks.items() if command.startswith(start)]
 

@@ -20,6 +20,7 @@ from conftest import (
     TINY_RUN,
     run_command,
     run_python,
+    slow,
     start_python,
     start_training,
     write_times,
@@ -177,10 +178,6 @@ def test_a_run_that_got_a_signal_resumes(place, undisturbed, corpus, tmp_path, m
 # Killed
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-slow = pytest.mark.skipif(
-    "RECIPE_SLOW_TESTS" not in os.environ,
-    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
-)
 
 
 def newest_step(exp_dir: Path) -> int:

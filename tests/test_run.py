@@ -1,14 +1,22 @@
 """run.sh itself; tests/test_readme.py runs the commands that the README gives for it."""
 
 import csv
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import stempeg
-from conftest import ROOT, TEST_NAMES, TINY_RUN, copy_project, needs_venv, write_corpus, write_times
+from conftest import (
+    ROOT,
+    TEST_NAMES,
+    TINY_RUN,
+    copy_project,
+    needs_venv,
+    slow,
+    write_corpus,
+    write_times,
+)
 
 
 def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -94,10 +102,7 @@ def test_evaluation_needs_a_model(tmp_path):
 
 
 @needs_venv
-@pytest.mark.skipif(
-    "RECIPE_SLOW_TESTS" not in os.environ,
-    reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
-)
+@slow
 def test_the_demo_gains_3_db_of_vocals(tmp_path):
     checkout = copy_project(tmp_path / "checkout")
     result = run_sh(checkout)

@@ -1,10 +1,9 @@
 import copy
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import model_confs, random_model
+from conftest import model_confs, random_model, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,16 +227,7 @@ COMPILED = [("gLN", "some"), ("cLN", "some"), ("BN", "most"), ("id", "none")]
 
 @pytest.mark.parametrize(
     ("norm_type", "memory"),
-    [COMPILED[0]]
-    + [
-        pytest.param(
-            *case,
-            marks=pytest.mark.skipif(
-                not os.environ.get("RECIPE_SLOW_TESTS"), reason="RECIPE_SLOW_TESTS is not set"
-            ),
-        )
-        for case in COMPILED[1:]
-    ],
+    [COMPILED[0], *(pytest.param(*case, marks=slow) for case in COMPILED[1:])],
 )
 def test_compiled_agrees_with_the_plain_model(norm_type, memory, two_threads):
     device = torch.device("cpu")

@@ -25,7 +25,6 @@ class EpochStatistics(pl.Callback):
         return {
             "loss_sums": gather_from_ranks(self._loss_sum.cpu()),
             "items": self._items,
-            "steps_before": self._steps_before,
         }
 
     def load_state_dict(self, state_dict):
@@ -35,7 +34,6 @@ class EpochStatistics(pl.Callback):
         self.on_train_epoch_start(trainer, pl_module)
         if state := self._resumed:
             self._items = self._items_resumed = state["items"]
-            self._steps_before = state["steps_before"]
             # There may be fewer ranks now than there were.
             for loss_sum in state["loss_sums"][trainer.global_rank :: trainer.world_size]:
                 self._loss_sum += loss_sum.to(pl_module.device)
@@ -43,7 +41,6 @@ class EpochStatistics(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         self._start = time.perf_counter()
         self._items = self._items_resumed = 0  # of the epoch; those of them before it was resumed
-        self._steps_before = trainer.global_step
         self._loss_sum = torch.zeros((), device=pl_module.device)  # over the items of this rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

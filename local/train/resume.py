@@ -137,6 +137,8 @@ def load_newest(folder: Path, rename: bool) -> tuple[Path | None, dict | None]:
 def load_last_checkpoint(path: Path) -> dict:
     """What a last-*.ckpt says of its run, without the model and the optimizer.
 
+    Settings that are newer than the checkpoint have their defaults.
+
     Raises:
         UserError: it is damaged, another kind, or of an earlier version.
     """
@@ -151,7 +153,8 @@ def load_last_checkpoint(path: Path) -> dict:
             f"{path}: an earlier version of this recipe wrote it, and this one cannot resume it;"
             " name another --exp_dir"
         )
-    return {name: checkpoint[name] for name in KEPT}
+    kept = {name: checkpoint[name] for name in KEPT}
+    return {**kept, "training_config": add_defaults(kept["training_config"])}
 
 
 def find_changes(conf: dict, inputs: dict[str, list[str]], content: dict) -> list[str]:
@@ -161,7 +164,7 @@ def find_changes(conf: dict, inputs: dict[str, list[str]], content: dict) -> lis
         inputs: as of `describe_inputs`.
         content: as of `load_last_checkpoint`.
     """
-    before = {**dict.fromkeys(conf, {}), **add_defaults(content["training_config"])}
+    before = {**dict.fromkeys(conf, {}), **content["training_config"]}
     changes = [
         f"--{key}: {before[section].get(key)} before, {value} now"
         for section, keys in conf.items()
@@ -185,7 +188,7 @@ def _list_first(*names: str, most: int = 3) -> str:
 def _refuse_changes(
     conf: dict, content: dict, changes: list[str], code_changes: list[str], accept: bool
 ) -> None:
-    before, now = add_defaults(content["training_config"]), conf
+    before, now = content["training_config"], conf
     is_same_model = (model_name(before), model_args(before)) == (model_name(now), model_args(now))
     if not (changes or code_changes) or (accept and is_same_model):
         return
