@@ -1,13 +1,16 @@
 """Separation of whole tracks: by overlap-add, in full, or as a stream."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from local.fast.choose import choose_fast
-from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
+from local.fast.full import separate_full
+from local.fast.rows import tile_size
 from local.models import least_samples
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
@@ -56,21 +59,60 @@ def separate(
     if isinstance(mixture, np.ndarray):
         tensor = torch.from_numpy(np.require(mixture, requirements=["C", "W"]))
         return separate(model, tensor, method, segment, overlap, progress, fast).numpy()
-    if mixture.dim() != 2 or len(mixture) != model.audio_channels:
-        raise ValueError(f"expected ({model.audio_channels}, time), got {tuple(mixture.shape)}")
-    check_samples(mixture)
+    pieces = separate_blocks(model, [mixture], method, segment, overlap, progress, fast)
+    return _join(pieces, model, mixture)
+
+
+@torch.no_grad()
+def separate_blocks(
+    model: nn.Module,
+    blocks: Iterable[Tensor],
+    method: str = "overlap-add",
+    segment: float = SEGMENT,
+    overlap: float = OVERLAP,
+    progress: Progress | None = None,
+    fast: str = "auto",
+) -> Iterator[Tensor]:
+    """Separates a track that arrives in blocks; joined, the estimates are those of `separate`.
+
+    The memory that "overlap-add" and "stream" need does not grow with the track. "full" reads all
+    blocks before it starts.
+
+    Args:
+        see `separate`.
+
+    Shape:
+        - blocks: (audio_channels, T) each, of any T
+        - estimates: (C, audio_channels, T') each; in all, as many samples as the blocks have
+
+    Raises:
+        ValueError: see `separate`.
+    """
     is_fast = check_method(model, method, segment, overlap, fast)
-    progress = progress or (lambda samples: None)
+    blocks, progress = _check_blocks(model, blocks), progress or (lambda samples: None)
     if method == "overlap-add":
-        return _overlap_add(model, mixture, segment, overlap, progress, is_fast)
-    if not is_fast:
-        return _run_whole(model, mixture, progress)
-    return _run_fast(model, mixture, progress)
+        yield from _overlap_add(model, blocks, segment, overlap, progress, is_fast)
+    elif is_fast:
+        yield from _run_fast(model, blocks, progress)
+    else:
+        yield from _run_whole(model, blocks, progress)
 
 
-def _run_fast(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
-    """The fast path on a whole track, as a stream if the model can be streamed."""
-    return (_full if find_stream_fault(model) else _stream)(model, mixture, progress)
+def _check_blocks(model: nn.Module, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    for block in blocks:
+        if block.dim() != 2 or len(block) != model.audio_channels:
+            raise ValueError(f"expected ({model.audio_channels}, time), got {tuple(block.shape)}")
+        check_samples(block)
+        yield block
+
+
+def _join(pieces: Iterable[Tensor], model: nn.Module, mixture: Tensor) -> Tensor:
+    """Joins the estimates of a mixture. They are allocated once, before its separation."""
+    estimates, done = mixture.new_zeros(model.C, *mixture.shape), 0
+    for piece in pieces:
+        estimates[..., done : done + piece.shape[-1]] = piece
+        done += piece.shape[-1]
+    return estimates
 
 
 def check_method(
@@ -104,13 +146,28 @@ def check_method(
     return is_fast
 
 
-def _run_whole(model: nn.Module, mixture: Tensor, progress: Progress) -> Tensor:
+def _run_fast(
+    model: ConvTasNetStereo, blocks: Iterable[Tensor], progress: Progress
+) -> Iterator[Tensor]:
+    """The fast path on a whole track, as a stream if the model can be streamed."""
+    if find_stream_fault(model):
+        return separate_full(model, _concatenate(blocks), progress)
+    return _stream(model, blocks, progress)
+
+
+def _run_whole(model: nn.Module, blocks: Iterable[Tensor], progress: Progress) -> Iterator[Tensor]:
     """The model itself on a whole track."""
     if model.training:
         raise ValueError("expected a model in eval mode; call model.eval() first")
-    estimates = run_model(model, mixture[None].to(next(model.parameters())))[0]
+    mixture = _concatenate(blocks)
+    yield run_model(model, mixture[None].to(next(model.parameters())))[0].to(mixture)
     progress(mixture.shape[-1])
-    return estimates.to(mixture)
+
+
+def _concatenate(blocks: Iterable[Tensor]) -> Tensor:
+    """Joins blocks without a copy of a single one."""
+    blocks = list(blocks)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
@@ -133,34 +190,76 @@ def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
 
 def _overlap_add(
     model: nn.Module,
-    mixture: Tensor,
+    blocks: Iterable[Tensor],
     segment: float,
     overlap: float,
     progress: Progress,
     is_fast: bool,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Windows end every segment * (1 + overlap) seconds, and each starts `overlap` seconds before
     the end of the one before it. There the two are crossfaded linearly, with both ends of the ramp
     included. The start and the end of the track are not faded.
+
+    As published, the windows are shared * rate samples rounded in two ways where `overlap` is not a
+    whole number of samples: the later window starts a sample before the fade of the earlier one.
     """
-    rate, time = model.samplerate, mixture.shape[-1]
+    rate, like = model.samplerate, next(model.parameters())
     hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)
-    like = next(model.parameters())
-    ends = range(hop, max(time, 1) + hop, hop)
-    spans = [(max(end - hop - fade, 0), min(end, time)) for end in ends]
-    ramp = torch.linspace(0, 1, fade if len(spans) > 1 else 0, device=like.device)
-    estimates = mixture.new_zeros(model.C, *mixture.shape)
-    for group in _group_spans(spans, count_windows(like.device)):
-        mixtures = torch.stack([mixture[:, start:end] for start, end in group])
+    shared = hop - int(hop - overlap * rate)  # samples of two windows; fade or fade + 1
+    make_ramp = partial(torch.linspace, 0, 1, fade, device=like.device)
+    tail = None  # the end of the window before, faded out
+    for mixtures, is_end in _batch(_cut_windows(blocks, hop, shared), count_windows(like.device)):
         windows = _forward(model, mixtures.to(like), is_fast)
-        for (start, end), window in zip(group, windows, strict=True):
-            if start > 0:
-                window[..., :fade] *= ramp
-            if end < time:
-                window[..., window.shape[-1] - fade :] *= 1 - ramp
-            estimates[..., start:end] += window.to(estimates)
-            progress(end - start - (fade if start > 0 else 0))
-    return estimates
+        for number, window in enumerate(windows, start=1):
+            time = done = window.shape[-1]
+            if tail is not None:
+                window[..., :fade] *= make_ramp()
+            if not is_end or number < len(windows):
+                window[..., time - fade :] *= 1 - make_ramp()
+                done -= shared
+            window = window.to(mixtures)
+            if tail is not None:
+                window[..., :shared] += tail
+            tail = window[..., done:]
+            progress(done)
+            yield window[..., :done]
+
+
+def _cut_windows(
+    blocks: Iterable[Tensor], hop: int, shared: int = 0
+) -> Iterator[tuple[Tensor, bool]]:
+    """Cuts a track into windows that end every `hop` samples.
+
+    Args:
+        shared: samples of a window that the one before has, too.
+
+    Yields:
+        (window, whether it is the last). The last one has what remains.
+    """
+    rest, size = None, hop
+    for block in blocks:
+        rest = block if rest is None else torch.cat([rest, block], dim=-1)
+        while rest.shape[-1] > size:
+            yield rest[:, :size], False
+            rest, size = rest[:, size - shared :], hop + shared
+    if rest is not None:
+        yield rest, True
+
+
+def _batch(windows: Iterable[tuple[Tensor, bool]], most: int) -> Iterator[tuple[Tensor, bool]]:
+    """Batches of up to `most` consecutive windows of one length: gLN would average over padding.
+
+    Yields:
+        (windows, whether they are the last).
+    """
+    batch = []
+    for window, is_last in windows:
+        if batch and (len(batch) == most or batch[0].shape != window.shape):
+            yield torch.stack(batch), False
+            batch = []
+        batch.append(window)
+        if is_last:
+            yield torch.stack(batch), True
 
 
 def count_windows(device: torch.device) -> int:
@@ -168,78 +267,21 @@ def count_windows(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 4
 
 
-def _group_spans(spans: list[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Batches of up to `most` consecutive windows of one length: gLN would average over padding."""
-    group = []
-    for start, end in spans:
-        if group and (len(group) == most or group[0][1] - group[0][0] != end - start):
-            yield group
-            group = []
-        group.append((start, end))
-    yield group
-
-
 def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:
     """Separates windows, by the fast path on a CPU only: on a GPU, whole windows are faster."""
     if is_fast and mixtures.device.type == "cpu":
-        whole = [_run_fast(model, mixture, lambda samples: None) for mixture in mixtures]
-        return torch.stack(whole)
+        pieces = [_run_fast(model, [mixture], lambda samples: None) for mixture in mixtures]
+        return torch.stack(list(map(_join, pieces, repeat(model), mixtures)))
     return run_model(model, mixtures)
 
 
-def _stream(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
-    stream, done = StreamingConvTasNet(model), 0
-    estimates = mixture.new_zeros(model.C, *mixture.shape)
-    block_size = tile_size(next(model.parameters()).device) * model.encoder.hop
-    for block in mixture.split(block_size, dim=-1):
-        final = stream.push(block)
-        estimates[..., done : done + final.shape[-1]] = final
-        done += final.shape[-1]
+def _stream(
+    model: ConvTasNetStereo, blocks: Iterable[Tensor], progress: Progress
+) -> Iterator[Tensor]:
+    stream = StreamingConvTasNet(model)
+    size = tile_size(next(model.parameters()).device) * model.encoder.hop
+    for block, is_last in _cut_windows(blocks, size):
+        yield stream.push(block).to(block)
         progress(block.shape[-1])
-    estimates[..., done:] = stream.flush()
-    return estimates
-
-
-def _full(model: ConvTasNetStereo, mixture: Tensor, progress: Progress) -> Tensor:
-    """Layer by layer, each over all tiles, since gLN averages over the whole track.
-
-    Two tensors have the length of the track: the residual, and a buffer for the hidden channels of
-    a block. The block's update of the residual overwrites rows of the buffer that are not needed
-    any more.
-    """
-    rows, like, time = RowModel(model), next(model.parameters()), mixture.shape[-1]
-    estimates = mixture.new_zeros(model.C, *mixture.shape)
-    frames, size = rows.count_frames(time), tile_size(like.device)
-    if frames == 0:
-        progress(time)
-        return estimates
-    tiles = [slice(start, min(start + size, frames)) for start in range(0, frames, size)]
-    spans = [slice(t.start * rows.hop, (t.stop - 1) * rows.hop + rows.length) for t in tiles]
-    residual = like.new_zeros(frames, rows.B)
-    buffer = like.new_empty(frames, max(rows.B, rows.H), dtype=product_dtype(like))
-    hidden, update = buffer[:, : rows.H], buffer[:, : rows.B]
-
-    for tile, span in zip(tiles, spans, strict=True):
-        update[tile] = rows.bottleneck(rows.encode(mixture[:, span].to(like)))
-    layer = rows.bottleneck
-    for number, block in enumerate(rows.blocks):
-        for tile in tiles:
-            layer.add_to(residual[tile], update[tile])
-            hidden[tile] = block.expand(residual[tile])
-        done = 0
-        for new in _updates(block, hidden, tiles):
-            update[done : done + len(new)] = new
-            done += len(new)
-        layer = block
-        progress(time * (number + 1) // len(rows.blocks) - time * number // len(rows.blocks))
-    for tile, span in zip(tiles, spans, strict=True):
-        layer.add_to(residual[tile], update[tile])
-        weights = rows.encode(mixture[:, span].to(like))
-        estimates[..., span] += rows.decode(weights, residual[tile]).to(estimates)
-    return estimates
-
-
-def _updates(block: RowBlock, hidden: Tensor, tiles: list[slice]) -> Iterator[Tensor]:
-    for tile in tiles:
-        yield block.project(hidden[tile])
-    yield block.finish()
+        if is_last:
+            yield stream.flush().to(block)
