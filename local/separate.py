@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+if not __package__:  # run as a script: Python puts this folder on its path, not the one above
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from local.musdb18_tracks import TARGETS
 from local.tools.choices import add_method_flags
 from local.tools.command_line import (
