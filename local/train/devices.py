@@ -42,7 +42,10 @@ def make_trainer_on_devices(conf: dict, items: int, valid_tracks: int, **setting
     try:
         if SLURMEnvironment.detect() and not torch.distributed.is_torchelastic_launched():
             # Lightning would save a checkpoint of its own and requeue: see `requeue_job`.
-            settings["plugins"] = [*settings["plugins"], SLURMEnvironment(auto_requeue=False)]
+            settings["plugins"] = [
+                *settings.get("plugins", ()),
+                SLURMEnvironment(auto_requeue=False),
+            ]
         trainer = pl.Trainer(**settings)
         if isinstance(trainer.strategy, DDPStrategy):  # which Lightning chooses for several
             trainer = pl.Trainer(**settings, strategy=DDPStrategy(gradient_as_bucket_view=True))
