@@ -101,7 +101,7 @@ expand_home() {
     printf '%s' "$home$below"
 }
 
-stage=0 root='' packed='' tag='' gpus='' conf='' check='' out=eval train_flags=() eval_flags=()
+stage=0 root='' packed='' tag='' gpus='' conf='' check='' train_flags=() eval_flags=()
 while [ $# -gt 0 ]; do
     if [[ $1 =~ ^--(stage|root|tag|id|conf)= ]]; then
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
