@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +35,20 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="eval.py", description=__doc__)
     add = parser.add_argument
     add("--exp_dir", type=Path, default="exp/tmp", help="folder of the run [%(default)s]")
-    add("--out_dir", required=True, help="folder in exp_dir for everything that is written")
+    add(
+        "--out_dir",
+        type=os.path.expanduser,
+        required=True,
+        help="folder in exp_dir for everything that is written",
+    )
     add("--use_gpu", type=int, choices=(0, 1), default=0, help="1: run on the GPU [%(default)s]")
     add("--n_save_ex", type=int, default=10, help="tracks to save as audio; -1: all [%(default)s]")
-    add("--checkpoint", help="a best_model.pth, .ckpt, folder or hub name [the run's best model]")
+    add(
+        "--checkpoint",
+        type=os.path.expanduser,
+        help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name [the run's"
+        " best model]",
+    )
     add("--root", type=Path, help="the MUSDB18 or MUSDB18-HQ folder [the run's]")
     add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
     add_method_flags(parser)

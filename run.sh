@@ -4,17 +4,29 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-./run.sh [options] [flags of train.py]    train and evaluate; without --root, a demo of minutes
-./run.sh test [flags of pytest]           run the tests
+./run.sh [options] [flags of train.py] [--eval flags of eval.py]
+    train and evaluate; without --root and --conf, a demo of minutes
+./run.sh test [flags of pytest]
+    run the tests
 
   --stage N       start at stage N: 0 install and data, 1 train, 2 evaluate  [0]
   --root MUSDB18  the data set, wav or .stem.mp4; trains the whole model with conf.yml's defaults
   --tag NAME      name of the run: everything goes to exp/NAME  [demo, or musdb18 with --root]
+  --conf FILE     the conf.yml of a run, to train the same again; needs --tag
   --id GPUS       GPUs to use, such as 0 or 0,1  [all there are]
+  --check         look at everything as train.py does, and end
+  --version       of the recipe
 EOF
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
+if [ ! -e "$here/train.py" ]; then
+    here=${SLURM_SUBMIT_DIR:-}  # sbatch runs a copy of this script in a folder of its own
+    if [ ! -e "$here/train.py" ]; then
+        echo "run.sh: error: no train.py beside it; with sbatch, submit it from its folder" >&2
+        exit 2
+    fi
+fi
 python=$here/.venv/bin/python
 
 say() { printf '\n== %s (after %d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -81,30 +93,48 @@ if [ "${1:-}" = test ]; then
     exec "$python" -m pytest "$@"
 fi
 
-stage=0 root='' packed='' tag='' gpus='' train_flags=()
+# ~ and ~user, which the shell leaves as they are in --root=~/MUSDB18.
+expand_home() {
+    local home=${1%%/*}
+    local below=${1#"$home"}
+    if [[ $home =~ ^~[[:alnum:]._-]*$ ]]; then eval "home=$home"; fi
+    printf '%s' "$home$below"
+}
+
+stage=0 root='' packed='' tag='' gpus='' conf='' check='' train_flags=() eval_flags=()
 while [ $# -gt 0 ]; do
-    if [[ $1 =~ ^--(stage|root|tag|id)= ]]; then
+    if [[ $1 =~ ^--(stage|root|tag|id|conf)= ]]; then
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
     fi
     case $1 in
         -h | --help) usage; exit ;;
-        --stage | --root | --tag | --id)
+        --version) sed -n 's/^__version__ = "\(.*\)"/run.sh \1/p' "$here/local/__init__.py"; exit ;;
+        --stage | --root | --tag | --id | --conf)
             [ -n "${2:-}" ] || fail "$1 needs a value"
             case $1 in
                 --stage) stage=$2 ;;
-                --root) root=$(realpath -m "$2") ;;
+                --root) root=$(realpath -m "$(expand_home "$2")") ;;
                 --tag) tag=$2 ;;
                 --id) gpus=$2 ;;
+                --conf) conf=$(realpath -m "$(expand_home "$2")") ;;
             esac
             shift 2
             ;;
-        --exp_dir | --exp_dir=*) fail "runs go to exp/NAME here: use --tag NAME" ;;
+        --exp[_-]dir | --exp[_-]dir=*) fail "runs go to exp/NAME here: use --tag NAME" ;;
+        --eval) shift; eval_flags=("$@"); break ;;
+        --check) check=1; train_flags+=("$1"); shift ;;
         *) train_flags+=("$1"); shift ;;
     esac
 done
 [[ $stage =~ ^[012]$ ]] || fail "--stage must be 0, 1 or 2, got $stage"
 [[ $tag != */* && $tag != .* ]] || fail "--tag must be a plain name, got $tag"
+[ -z "$conf" ] || [ -e "$conf" ] || fail "--conf: no such file: $conf"
+[ -z "$conf" ] || [ -n "$tag" ] || fail "--conf needs --tag NAME, the name of the new run"
+for flag in "${eval_flags[@]}"; do
+    [[ ! $flag =~ ^--(exp|out)[_-]dir ]] || fail "results go to exp/NAME/eval here: omit $flag"
+done
 
+test_set=() given_flags=("${train_flags[@]}")
 if [ -n "$root" ]; then
     [ -d "$root" ] || fail "--root: no such folder: $root"
     exp=$here/exp/${tag:-musdb18}
@@ -112,22 +142,40 @@ if [ -n "$root" ]; then
         packed=$root
         root=$root-wav
     fi
-else
+    test_set=(--root "$root")
+    train_flags=("${test_set[@]}" "${train_flags[@]}")
+elif [ -z "$conf" ]; then
     exp=$here/exp/${tag:-demo}
-    train_flags=("${demo_flags[@]}" "${train_flags[@]}")
+    train_flags=(--root "$here/data/demo" "${demo_flags[@]}" "${train_flags[@]}")
 fi
+if [ -n "$conf" ]; then
+    exp=$here/exp/$tag
+    train_flags=(--conf "$conf" "${train_flags[@]}")
+fi
+train_flags=(--exp_dir "$exp" "${train_flags[@]}")
+eval_flags=(--exp_dir "$exp" --out_dir eval "${test_set[@]}" "${eval_flags[@]}")
 
-if [ "$stage" -le 0 ]; then
-    install
-    if [ -z "$root" ]; then
-        say "stage 0: the demo data set"
-        module local.demo_musdb18 data/demo
-    elif [ -n "$packed" ]; then
-        say "stage 0: decoding $packed to $root"
-        module local.stems "$packed" "$root"
+# With --version at the end, the commands read their flags and do no more.
+check_flags() {
+    local fault hint=
+    if ! fault=$("$python" "$here/train.py" "${train_flags[@]}" --version 2>&1); then
+        [[ $fault != *"no flag"* ]] || hint="; flags of eval.py go after --eval"
+        fail "${fault#*: error: }$hint"
     fi
-fi
+    fault=$("$python" "$here/eval.py" "${eval_flags[@]}" --version 2>&1) ||
+        fail "--eval: ${fault#*: error: }"
+}
+
+if [ "$stage" -le 0 ]; then install; fi
 [ -x "$python" ] || fail "there is no .venv yet; start with --stage 0"
+check_flags
+if [ "$stage" -le 0 ] && [ -n "$packed" ]; then
+    say "stage 0: decoding $packed to $root"
+    module local.stems "$packed" "$root"
+elif [ "$stage" -le 0 ] && [ -z "$root$conf" ]; then
+    say "stage 0: the demo data set"
+    module local.demo_musdb18 data/demo
+fi
 
 use_gpu=0
 if [ -n "$gpus" ]; then
@@ -138,26 +186,22 @@ elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     use_gpu=1
 fi
 
-if [ "$stage" -le 1 ]; then
+trap : USR1 # which srun sends to train.py as well: that saves a checkpoint and ends
+if [ "$stage" -le 1 ] || [ -n "$check" ]; then
     say "stage 1: training"
-    if [ -e "$exp/.trained" ]; then
-        echo "$exp is trained already; to train again, with other flags for example, use another --tag"
-    else
-        "$python" "$here/train.py" --exp_dir "$exp" --root "${root:-$here/data/demo}" \
-            "${train_flags[@]}"
-        touch "$exp/.trained"
+    status=0
+    "$python" "$here/train.py" "${train_flags[@]}" || status=$?
+    if [ "$status" = 2 ] && [ -e "$exp/conf.yml" ]; then
+        echo "run.sh: --tag NAME trains in another folder; --stage 2 evaluates what is there" >&2
     fi
+    if [ "$status" != 0 ] || [ -n "$check" ]; then exit "$status"; fi
+elif [ ${#given_flags[@]} -gt 0 ]; then
+    echo "run.sh: --stage 2 does not train, and does not need ${given_flags[*]}" >&2
 fi
 
 say "stage 2: evaluation"
 [ -e "$exp/best_model.pth" ] || fail "$exp holds no trained model; start with --stage 0 or 1"
-if [ "$stage" -lt 2 ] && [ "$exp/eval/results.txt" -nt "$exp/best_model.pth" ]; then
-    echo "$exp is evaluated already; --stage 2 repeats it"
-    cat "$exp/eval/results.txt"
-else
-    "$python" "$here/eval.py" --exp_dir "$exp" --out_dir eval --use_gpu "$use_gpu" \
-        ${root:+--root "$root"}
-fi
+"$python" "$here/eval.py" --use_gpu "$use_gpu" "${eval_flags[@]}"
 cat <<EOF
 
 separated audio    $exp/eval/TRACK/{vocals,accompaniment}.wav

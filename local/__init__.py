@@ -4,6 +4,7 @@ from importlib import import_module
 
 from local.tools import asteroid_guard
 
+__version__ = "1.0.0"
 EXPORTS = {
     "ConvTasNetStereo": "local.tasnet",
     "StreamingConvTasNet": "local.streaming",

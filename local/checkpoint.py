@@ -3,7 +3,11 @@
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import PYTORCH_WEIGHTS_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.constants import (
+    CONFIG_NAME,
+    PYTORCH_WEIGHTS_NAME,
+    SAFETENSORS_SINGLE_FILE,
+)
 from torch import nn
 
 from local.config import KEYS, add_defaults
@@ -41,16 +45,16 @@ def load_model(source: str | Path) -> nn.Module:
     """The model of a checkpoint, in eval mode, on the CPU.
 
     Args:
-        source: a best_model.pth (ours, or a published one beside its conf.yml) or a Lightning .ckpt
-            of this recipe; or, of ConvTasNetStereo alone, a folder written by `save_pretrained`,
-            or the name of a hub repository.
+        source: a best_model.pth (ours, or a published one beside its conf.yml), the folder of a
+            run, which holds one, or a Lightning .ckpt of this recipe; or, of ConvTasNetStereo
+            alone, a folder written by `save_pretrained`, or the name of a hub repository.
 
     Raises:
         UserError: there is no such file, folder or repository, it is damaged, or it holds another
             model.
     """
-    path = Path(source)
     try:
+        path = _find_file(source)
         return _load_file(path) if path.is_file() else ConvTasNetStereo.load(source)
     except UserError as error:
         raise UserError(f"--checkpoint: {error}") from None
@@ -58,7 +62,7 @@ def load_model(source: str | Path) -> nn.Module:
 
 def find_weights(source: str | Path) -> Path:
     """The file that holds the weights of a checkpoint that `load_model` has loaded."""
-    path = Path(source)
+    path = _find_file(source)
     if path.is_file():
         return path
     names = (SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME)
@@ -66,6 +70,23 @@ def find_weights(source: str | Path) -> Path:
         return next(path / name for name in names if (path / name).is_file())
     cached = (try_to_load_from_cache(str(source), name) for name in names)
     return next(Path(file) for file in cached if isinstance(file, str))
+
+
+def _find_file(source: str | Path) -> Path:
+    """The best_model.pth in the folder of a run; of any other source, its own path.
+
+    Raises:
+        UserError: it is a folder of another kind.
+    """
+    path = Path(source)
+    if not path.is_dir() or (path / CONFIG_NAME).is_file():
+        return path
+    if not (path / "best_model.pth").is_file():
+        raise UserError(
+            f"{path} holds neither the best_model.pth of a run nor the {CONFIG_NAME} of"
+            " save_pretrained; name another folder, or a file"
+        )
+    return path / "best_model.pth"
 
 
 def _load_file(path: Path) -> nn.Module:

@@ -9,9 +9,13 @@ tracks at once, so it is comparable with runs of eval.py --method full.
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script: Python puts this folder on its path, not the one above
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
 from local.tools.files import atomic_path

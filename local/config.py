@@ -1,7 +1,7 @@
 """conf.yml and the flags of train.py: one table of keys, one checked dictionary."""
 
-import argparse
 import math
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from local.tools.choices import FAST, MEMORY, SUFFIXES
-from local.tools.command_line import OneLineParser, raise_together
+from local.tools.command_line import OneLineParser, UserError, raise_together, suggest
 from local.tools.files import read_yaml
+from local.tools.values import as_kind, describe_wrong_kind, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 INTERVAL = re.compile(r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)")
@@ -24,6 +25,7 @@ class Key(NamedTuple):
         above_zero: any number above zero.
         limit: at least 1, or -1 for no limit.
         choices: all there are.
+        is_path: whether ~ stands for a home folder.
         is_free: whether a resumed run computes the same with another value. Of the tracks under
             root and of the devices, it matters what they are, not how they are named.
     """
@@ -33,6 +35,7 @@ class Key(NamedTuple):
     above_zero: bool = False
     limit: bool = False
     choices: tuple[str, ...] = ()
+    is_path: bool = False
     is_free: bool = False
 
 
@@ -53,7 +56,7 @@ KEYS = {
     },
     "training": {
         "model": Key(str),
-        "epochs": Key(int, least=1, is_free=True),
+        "epochs": Key(int, limit=True, is_free=True),
         "batch_size": Key(int, least=1),
         "num_workers": Key(int, least=0, is_free=True),
         "half_lr": Key(bool),
@@ -74,29 +77,27 @@ KEYS = {
     },
     "optim": {"lr": Key(float, above_zero=True)},
     "data": {
-        "root": Key(str, is_free=True),
+        "root": Key(str, is_path=True, is_free=True),
         "mix_background": Key(bool),
         "segment": Key(float, above_zero=True),
         "samples_per_track": Key(int, least=1),
         "sample_rate": Key(int),
         "suffix": Key(str, choices=SUFFIXES),
-        "valid_tracks": Key(str, is_free=True),
+        "valid_tracks": Key(str, is_path=True, is_free=True),
         "max_valid_tracks": Key(int, limit=True),
     },
-    "main_args": {"exp_dir": Key(str, is_free=True)},
+    "main_args": {"exp_dir": Key(str, is_path=True, is_free=True)},
 }
 FREE = {name for keys in KEYS.values() for name, key in keys.items() if key.is_free}
 # Flags alone: how to run, no part of the configuration.
 OPTIONS = {"check": False, "resume": "auto", "resume_with_changes": False}
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
-WORDS = {
-    **dict.fromkeys(("yes", "true", "y", "1"), True),
-    **dict.fromkeys(("no", "false", "n", "0"), False),
-}
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
-    """conf.yml overridden by the flags: section -> key -> value; main_args holds OPTIONS, too.
+    """conf.yml, or the file of --conf, overridden by the flags.
+
+    Returns:
+        section -> key -> value; main_args holds OPTIONS, too.
 
     What the values mean is left to `find_faults`.
 
@@ -104,7 +105,15 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
         UserError: lists every fault of the file, or names a flag that cannot be parsed.
     """
     conf = read_conf(conf_file)
-    flags = vars(_make_parser(conf, conf_file).parse_args(argv))
+    parser = _make_parser(conf, conf_file)
+    flags = vars(parser.parse_args(argv))
+    if flags["conf"]:
+        try:
+            conf = read_saved_conf(flags["conf"])
+        except UserError as error:
+            raise UserError(f"--conf {error}") from None
+        parser.set_defaults(**{key: conf[name][key] for name, keys in KEYS.items() for key in keys})
+        flags = vars(parser.parse_args(argv))
     parsed = {section: {key: flags[key] for key in keys} for section, keys in KEYS.items()}
     parsed["main_args"] |= {option: flags[option] for option in OPTIONS}
     name = parsed["training"]["model"]
@@ -121,7 +130,14 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
     add = parser.add_argument
     add("--check", action="store_true", help="check everything, describe the run, and end")
     add(
+        "--conf",
+        type=Path,
+        metavar="FILE",
+        help="a conf.yml that a run has saved, instead of conf.yml; flags override it",
+    )
+    add(
         "--resume",
+        type=os.path.expanduser,
         default=OPTIONS["resume"],
         help="auto: the run in exp_dir, if there is one; never; or a last-*.ckpt [%(default)s]",
     )
@@ -140,16 +156,9 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
             shown = comments.get(name, "").replace("%", "%%")
             shown += "" if default == "" else " [%(default)s]"
             names = [f"--{name}", "--n_src"] if name == "C" else [f"--{name}"]
-            kind = partial(_read_value, key.kind)
+            kind = os.path.expanduser if key.is_path else partial(read_word, key.kind)
             group.add_argument(*names, dest=name, default=default, type=kind, help=shown)
     return parser
-
-
-def _read_value(kind: type, word: str):
-    try:
-        return WORDS[word.lower()] if kind is bool else kind(word)
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected {KIND_NAMES[kind]}, got {word!r}") from None
 
 
 def read_conf(path: Path = CONF_FILE) -> dict:
@@ -158,7 +167,38 @@ def read_conf(path: Path = CONF_FILE) -> dict:
     Raises:
         UserError: lists every fault of the file.
     """
-    conf = read_yaml(path)
+    return _check_types(read_yaml(path), path)
+
+
+def read_saved_conf(path: Path) -> dict:
+    """The conf.yml of a run, of any version of this recipe or of the published one.
+
+    Keys that it lacks have the defaults of conf.yml. If it lies in the folder of a run, exp_dir is
+    that folder, which may have been moved.
+
+    Args:
+        path: of the file, or of the folder of the run.
+
+    Raises:
+        UserError: lists every fault of the file.
+    """
+    path = path / "conf.yml" if path.is_dir() else path
+    conf = {name: {} if section is None else section for name, section in read_yaml(path).items()}
+    wrong = [name for name, section in conf.items() if not isinstance(section, dict)]
+    raise_together([f"{name}: expected a section, got {conf[name]!r}" for name in wrong], str(path))
+    # The published recipe's parser leaves these.
+    if conf.get("positional arguments") == {}:
+        del conf["positional arguments"]
+    if conf.get("main_args", {}).get("help", "") is None:
+        del conf["main_args"]["help"]
+    conf = _check_types({**read_conf(), **add_defaults(conf)}, path)
+    if (path.parent / "checkpoints").is_dir():
+        conf["main_args"]["exp_dir"] = str(path.parent)
+    return conf
+
+
+def _check_types(conf: dict, path: Path) -> dict:
+    """What was read from `path`, if every key is known, present and of the right type."""
     faults = []
     for name in [name for name in conf if name not in KEYS]:
         conf[name] = {} if conf[name] is None else conf[name]
@@ -168,15 +208,16 @@ def read_conf(path: Path = CONF_FILE) -> dict:
         if not isinstance(section, dict):
             faults.append(f"{name}: section missing")
             continue
-        faults += [f"{name}.{key}: unknown key" for key in section if key not in keys]
+        unknown = [key for key in section if key not in keys]
+        faults += [f"{name}.{key}: unknown key{suggest(str(key), keys)}" for key in unknown]
         for key, (kind, *_) in keys.items():
             if key not in section:
                 faults.append(f"{name}.{key}: missing")
                 continue
             try:
-                section[key] = _as_kind(section[key], kind)
+                section[key] = as_kind(section[key], kind)
             except TypeError:
-                faults.append(_describe_wrong_kind(f"{name}.{key}", section[key], kind))
+                faults.append(describe_wrong_kind(f"{name}.{key}", section[key], kind))
     raise_together(faults, heading=str(path))
     return conf
 
@@ -186,7 +227,7 @@ def _find_section_faults(name: str, keywords) -> list[str]:
     from local.models import MODELS, PUBLISHED, find_keyword_faults
 
     if name not in MODELS or name == PUBLISHED:
-        return [f"{name}: unknown section"]
+        return [f"{name}: unknown section{suggest(str(name), KEYS)}"]
     return find_keyword_faults(name, keywords)
 
 
@@ -254,25 +295,3 @@ def read_interval(text: str) -> tuple[float, int] | None:
     if not found or float(found[1] or found[2]) == 0:
         return None
     return 60 * float(found[1] or math.inf), int(found[2] or 0)
-
-
-def _as_kind(value, kind: type):
-    """`value` as `kind`, where nothing is lost by it: YAML has 5 for 5.0, null for no text, and
-    true for yes.
-    """
-    if kind is str and value is None:
-        return ""
-    if kind is str and isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and not isinstance(value, bool) and kind in (float, str):
-        return kind(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
-def _describe_wrong_kind(name: str, value, kind: type) -> str:
-    fault = f"{name}: expected {KIND_NAMES[kind]}, got {value!r}"
-    if kind is float and isinstance(value, str) and re.fullmatch(r"\d+e-?\d+", value):
-        fault += f"; YAML reads it as a number when written {value.replace('e', '.0e')}"
-    return fault

@@ -19,6 +19,9 @@ import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
+if not __package__:  # run as a script: Python puts this folder on its path, not the one above
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from local.musdb18_tracks import VALIDATION_TRACKS
 from local.stems import decode_track
 from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together

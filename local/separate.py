@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+if not __package__:  # run as a script: Python puts this folder on its path, not the one above
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from local.musdb18_tracks import TARGETS
 from local.tools.choices import add_method_flags
 from local.tools.command_line import (
@@ -51,7 +54,12 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m local.separate", description=__doc__)
     add = parser.add_argument
     add("songs", nargs="*", type=Path, metavar="SONG", help="audio file, or folder of them")
-    add("--checkpoint", required=True, help="best_model.pth, .ckpt, folder or hub name")
+    add(
+        "--checkpoint",
+        type=os.path.expanduser,
+        required=True,
+        help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name",
+    )
     add("-o", "--out", type=Path, default="separated", help="folder to write to [%(default)s]")
     add("--overwrite", action="store_true", help="separate songs again that are in OUT already")
     add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")

@@ -6,11 +6,15 @@ OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
+
+if not __package__:  # run as a script: Python puts this folder on its path, not the one above
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from local.tools.command_line import (
     OneLineParser,

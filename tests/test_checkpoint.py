@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch.torch_version import TorchVersion
 
+from local import __version__
 from local.checkpoint import find_weights, load_model, save_best_model
 from local.config import KEYS, parse_conf, read_conf
 from local.models import make_model
@@ -52,12 +53,21 @@ def test_best_model_needs_nothing_else_to_be_rebuilt(tmp_path, conf, model):
     assert loaded.samplerate == 8000
 
 
+def test_the_folder_of_a_run_is_its_best_model(tmp_path, conf, model):
+    save_best_model(tmp_path / "best_model.pth", model, conf)
+    assert same(load_model(tmp_path), model)
+    assert find_weights(tmp_path) == tmp_path / "best_model.pth"
+    (tmp_path / "best_model.pth").unlink()
+    assert str(tmp_path) in error_of(tmp_path)
+
+
 def test_best_model_holds_plain_types_and_what_is_published(tmp_path, conf, model):
     path = tmp_path / "best_model.pth"
     save_best_model(path, model, conf)
     content = torch.load(path, weights_only=True)
     assert content["model_name"] == "ConvTasNetStereo"
     assert {"state_dict", "infos", "dataset", "task", "licenses"} <= set(content)
+    assert content["infos"]["software_versions"]["recipe"] == __version__
     assert content["infos"]["software_versions"]["torch"].startswith(
         torch.__version__.split("+")[0]
     )

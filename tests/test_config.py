@@ -1,4 +1,6 @@
 import argparse
+import getpass
+import os
 import re
 
 import pytest
@@ -125,7 +127,7 @@ def test_faults_of_the_values_are_reported_together():
         "14 faults",
         "--N must be a whole number of at least 1, got 0",
         "--norm_type must be one of gLN, cLN, BN, id, got 'GLN'",
-        "--epochs must be at least 1, got 0",
+        "--epochs must be at least 1, or -1 for no limit, got 0",
         "--lr must be a number above 0, got -1.0",
         "--suffix must be one of wav, flac, got mp3",
         "--precision must be one of",
@@ -154,7 +156,7 @@ def test_faults_of_the_file_are_reported_together(tmp_path):
     faults = faults_of([], path)
     for words in (
         f"{path}: 6 faults",
-        "training.batchsize: unknown key",
+        "training.batchsize: unknown key; did you mean batch_size?",
         "optim.lr: expected a number, got '5e-4'; YAML reads it as a number when written 5.0e-4",
         "convtasnet.causal: expected yes or no, got 'maybe'",
         "data.segment: expected a number, got None",
@@ -185,8 +187,11 @@ def test_missing_keys_and_sections_are_named(tmp_path):
     "argv, words",
     [
         (["--lr", "fast"], "argument --lr: expected a number, got 'fast'"),
-        (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-        (["--seg", "1"], "unrecognized arguments: --seg"),
+        (["--learning_rate", "1"], "no flag --learning_rate"),
+        (["--seg", "1"], "no flag --seg; did you mean --segment?"),
+        (["--batch=8"], "did you mean --batch_size?"),
+        (["-lr", "1"], "did you mean --lr?"),
+        (["--conf", "nowhere"], "--conf nowhere"),
         (["--causal", "perhaps"], "argument --causal: expected yes or no, got 'perhaps'"),
         (["--accelerator", "gpu"], "--accelerator gpu: torch sees no GPU"),
         (["--segment", "1e-5", "--L", "20"], "--segment 1e-05 is shorter than a frame (--L 20)"),
@@ -205,6 +210,63 @@ def test_help_shows_the_comments_of_conf_yml(capsys):
     text = " ".join(capsys.readouterr().out.split())
     segment = parse_conf(["--root", "X"])["data"]["segment"]
     assert f"--segment SEGMENT seconds in a training item [{segment}]" in text
+
+
+@pytest.mark.parametrize("name", ["batch_size", "samples_per_track", "exp_dir", "n_src"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_flag_has_two_spellings_and_its_value_stays(name, joined, tmp_path):
+    value = str(tmp_path / "a-b_c") if name == "exp_dir" else "7"
+    parsed = [
+        parse_conf([f"--{word}={value}"] if joined else [f"--{word}", value])
+        for word in (name, name.replace("_", "-"))
+    ]
+    assert parsed[0] == parsed[1] != parse_conf([])
+
+
+def test_home_is_known_in_flags_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_conf(tmp_path / "conf.yml", data__root="~/a", main_args__exp_dir="~/b")
+    user = getpass.getuser()
+    for argv, file in ((["--root=~/a", "--exp_dir", "~/b"], CONF_FILE), ([], path)):
+        conf = parse_conf([*argv, f"--valid_tracks=~{user}/c", "--resume=~/d"], file)
+        assert conf["data"]["root"] == str(tmp_path / "a")
+        assert conf["main_args"]["exp_dir"] == str(tmp_path / "b")
+        assert conf["main_args"]["resume"] == str(tmp_path / "d")
+        assert conf["data"]["valid_tracks"] == os.path.expanduser(f"~{user}/c")
+    assert conf["data"]["valid_tracks"][0] == "/"
+
+
+# A saved configuration
+
+
+def test_a_published_configuration_is_read_and_flags_override_it(tmp_path):
+    path = tmp_path / "saved.yml"
+    path.write_text(
+        "convtasnet: {N: 32, causal: true}\noptim: {lr: 0.1}\ndata: {root: X}\n"
+        "main_args: {exp_dir: E, help: null}\npositional arguments: {}\ntraining:\n"
+    )
+    conf = parse_conf(["--conf", str(path), "--lr", "0.2"])
+    flags = ["--root", "X", "--exp_dir", "E", "--N", "32", "--causal", "yes", "--lr", "0.2"]
+    assert conf == parse_conf(flags)
+
+
+def test_a_configuration_in_the_folder_of_a_run_is_of_that_run(tmp_path):
+    path = write_conf(tmp_path / "conf.yml", main_args__exp_dir="before it was moved")
+    (tmp_path / "checkpoints").mkdir()
+    for name in (path, tmp_path):
+        assert parse_conf(["--conf", str(name)])["main_args"]["exp_dir"] == str(tmp_path)
+    conf = parse_conf(["--conf", str(path), "--exp_dir", "elsewhere"])
+    assert conf["main_args"]["exp_dir"] == "elsewhere"
+
+
+def test_faults_of_a_saved_configuration_are_named(tmp_path):
+    path = tmp_path / "saved.yml"
+    path.write_text("optim: {rl: 1}\nextra: {}\nmain_args: {help: 1}\ntraining: {epochs: x}\n")
+    error = faults_of(["--conf", str(path)])
+    for words in (f"--conf {path}", "optim.rl", "extra", "main_args.help", "training.epochs"):
+        assert words in error
+    path.write_text("optim: 3\n")
+    assert f"--conf {path}: optim: expected a section" in faults_of(["--conf", str(path)])
 
 
 TORCHAUDIO = {

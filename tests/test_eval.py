@@ -35,7 +35,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 
 import eval as evaluation
 import train
-from local import stems
+from local import __version__, stems
 from local.checkpoint import load_model
 from local.compare import compare
 from local.estimates import save_estimates
@@ -44,7 +44,7 @@ from local.eval.tracks import PackedTrack
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
-from local.tools.files import locked
+from local.tools.files import locked, read_yaml
 
 
 def evaluate(*args) -> None:
@@ -209,6 +209,16 @@ def test_a_second_run_keeps_what_it_would_make_again(results, experiment, tmp_pa
     after = write_times(copy)
     assert all(after[path] == time for path, time in before.items() if path != copy)
     assert contents(copy) == contents(out)
+
+
+def test_another_version_alone_scores_nothing_again(results, tmp_path, monkeypatch):
+    out = shutil.copytree(results[0], tmp_path / "out")
+    record = read_yaml(out / "test" / f"{TEST_NAMES[0]}.yml")
+    assert record["version"] == __version__
+    monkeypatch.setattr("local.eval.out.__version__", "another")
+    before = write_times(out / "test")
+    evaluate("--exp_dir", results[0].parent, "--out_dir", out)
+    assert write_times(out / "test") == before
 
 
 @pytest.mark.parametrize(

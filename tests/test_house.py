@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
+import local
+
 # A module imports modules of its own floor and of those below it.
 FLOORS = (
     ("local.tools", "local"),
@@ -183,3 +185,9 @@ def test_help_and_a_wrong_flag_answer_before_the_slow_imports(command, flags):
     result = run_python("-c", code, own_process=True)
     status = 0 if flags == ["--help"] else 2
     assert result.stderr.splitlines()[-1] == f"{status} []", result.stderr
+
+
+@pytest.mark.parametrize("name", ["separate", "compare", "stems", "demo_musdb18"])
+def test_a_command_runs_as_a_script_from_any_folder(name, tmp_path):
+    result = run_python(ROOT / "local" / f"{name}.py", "--version", own_process=True, cwd=tmp_path)
+    assert result.stdout == f"python -m local.{name} {local.__version__}\n", result.stderr

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,22 @@ def test_the_python_examples_work(checkout):
         (checkout / "example.py").write_text(code)
         result = run([sys.executable, "example.py"], checkout)
         assert result.stdout == f"2 {samples} 2 {samples}\n", result.stderr
+
+
+@needs_venv
+def test_the_job_for_slurm_works(checkout, tmp_path):
+    """With an srun that only looks; --signal without B: is for what srun starts."""
+    (block,) = re.findall(r"```sh\n(.*?)```", READMES["local/README.md"], re.DOTALL)
+    job = textwrap.dedent(block)
+    options = shlex.split(" ".join(re.findall(r"^ *#SBATCH (.*)", block, re.MULTILINE)))
+    assert {"--requeue", "--open-mode=append", "--signal=USR1@120"} < set(options)
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/sh\nshift; exec "$@" --check {shlex.join(TINY_RUN)}')
+    srun.chmod(0o755)
+    (tmp_path / "slurm_script").write_text(job.replace("srun", str(srun)))
+    result = run(["bash", str(tmp_path / "slurm_script")], checkout)
+    assert result.returncode == 0, result.stderr
+    assert "no fault was found" in result.stdout
 
 
 def test_every_flag_they_name_exists():

@@ -1,6 +1,7 @@
 """run.sh itself; tests/test_readme.py runs the commands that the README gives for it."""
 
 import csv
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ from conftest import (
     write_times,
 )
 
+from local import __version__
+
 
 def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [checkout / "run.sh", *map(str, args)]
@@ -34,6 +37,11 @@ def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.Complet
         (["--root=nowhere"], "--root: no such folder: "),
         (["--tag", "../elsewhere"], "--tag must be a plain name"),
         (["--exp_dir", "x"], "use --tag NAME"),
+        (["--exp-dir=x"], "use --tag NAME"),
+        (["--root=~/nowhere/x"], f"no such folder: {Path.home()}/nowhere/x"),
+        (["--conf", "nowhere", "--tag", "t"], "--conf: no such file: "),
+        (["--conf", "conf.yml"], "--conf"),
+        (["--eval", "--out-dir", "x"], "omit --out-dir"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(args, words, tmp_path):
@@ -66,17 +74,67 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     before, results = write_times(exp_dir), (exp_dir / "eval" / "results.txt").read_text()
     again = run_sh(checkout, *args, cwd=caller)
     assert again.returncode == 0, again.stderr
-    assert "is trained already" in again.stdout
-    assert results in again.stdout
-    assert write_times(exp_dir) == before
+    assert "is finished, after 1 epoch" in again.stdout
+    assert f"{len(TEST_NAMES)} tracks scored already" in again.stdout
+    kept = {path: at for path, at in before.items() if path.suffix in (".wav", ".json", ".pth")}
+    assert kept.items() <= write_times(exp_dir).items()
 
-    (exp_dir / ".trained").unlink()
-    interrupted = run_sh(checkout, *args, cwd=caller)  # it would resume; this one had finished
-    assert interrupted.returncode == 0, interrupted.stderr
-    assert "is finished, after 1 epoch" in interrupted.stdout
-    evaluated = run_sh(checkout, "--stage", "2", "--tag=t")
+    evaluated = run_sh(checkout, "--stage", "2", "--tag=t", "--eval", "--method", "full")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert (exp_dir / "eval" / "results.txt").read_text() == results
+    assert "method full" in evaluated.stdout
+    assert (exp_dir / "eval" / "results.txt").read_text() == results  # tracks of one window
+
+    looked = write_times(checkout / "exp")
+    for tag in ("t", "new"):
+        check = run_sh(checkout, *args, "--check", "--tag", tag, cwd=caller)
+        assert (check.returncode, "stage 2" in check.stdout) == (0, False), check.stderr
+        assert write_times(checkout / "exp") == looked
+    refused = run_sh(checkout, *args, "--lr", "1", cwd=caller)
+    assert refused.returncode == 2
+    assert "--lr" in refused.stderr and "--tag NAME" in refused.stderr
+    assert "stage 2" not in refused.stdout
+    assert write_times(checkout / "exp") == looked
+    more = run_sh(checkout, *args, "--epochs", "2", "--check", cwd=caller)
+    assert "resumes" in more.stdout
+
+
+@needs_venv
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--stage", "2", "--method", "full"], ("--method", "after --eval")),
+        (["--epoch", "3"], ("--epoch", "did you mean --epochs?")),
+        (["--stage", "2", "--lr", "fast"], ("--lr", "got 'fast'")),
+        (["--eval", "--methd", "full"], ("--eval", "did you mean --method?")),
+    ],
+)
+def test_flags_are_checked_at_every_stage(args, words, tmp_path):
+    checkout = copy_project(tmp_path / "checkout")
+    installed = checkout / ".venv" / "requirements.txt"
+    if not installed.is_file() or installed.read_text() != (ROOT / "requirements.txt").read_text():
+        args = ["--stage", "1", *args]  # stage 0 would install
+    result = run_sh(checkout, *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words)
+
+
+def test_a_copy_in_the_spool_folder_of_slurm_finds_the_project(tmp_path):
+    copy = Path(shutil.copy(ROOT / "run.sh", tmp_path / "slurm_script"))
+    command = [copy, "--version"]
+    env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)}
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == f"run.sh {__version__}\n"
+    env["SLURM_SUBMIT_DIR"] = str(tmp_path)
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "submit it from its folder" in result.stderr
+
+
+def test_a_link_to_it_finds_the_project(tmp_path):
+    (tmp_path / "run").symlink_to(ROOT / "run.sh")
+    result = subprocess.run([tmp_path / "run", "--version"], capture_output=True, text=True)
+    assert result.stdout == f"run.sh {__version__}\n"
 
 
 @needs_venv

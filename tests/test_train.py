@@ -187,6 +187,35 @@ def test_the_model_imports_torch_and_the_hub_alone(module):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_saved_configuration_alone_trains_the_same_model(experiment, tmp_path):
+    new = tmp_path / "new"
+    train.main(["--conf", str(experiment / "conf.yml"), "--exp_dir", str(new)])
+    states = [load_model(folder).state_dict() for folder in (experiment, new)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    saved = [yaml.safe_load((folder / "conf.yml").read_text()) for folder in (experiment, new)]
+    assert [conf["main_args"].pop("exp_dir") for conf in saved] == [str(experiment), str(new)]
+    assert saved[0] == saved[1]
+
+
+def test_a_saved_configuration_resumes_its_run_where_it_lies_now(experiment, tmp_path, capsys):
+    moved = shutil.copytree(experiment, tmp_path / "moved")
+    train.main(["--conf", str(moved / "conf.yml")])
+    assert f"{moved} is finished, after 3 epochs" in capsys.readouterr().out
+
+
+def test_without_a_limit_of_epochs_a_run_goes_on(experiment, corpus, tmp_path, capsys):
+    run = shutil.copytree(experiment, tmp_path / "run")
+    flags = ["--exp_dir", str(run), "--root", str(corpus), *TINY_RUN, "--epochs", "-1"]
+    train.main([*flags, "--check"])
+    shown = capsys.readouterr().out
+    assert "resumes    in epoch 3" in shown
+    assert re.search(r"^end +by EarlyStopping", shown, re.MULTILINE)
+    new = ["--exp_dir", str(tmp_path / "new"), "--max_steps", "8"]
+    for words in ("stopped after 8 steps", "it had --max_steps 8"):
+        train.main([*flags, *new])
+        assert words in capsys.readouterr().out
+
+
 def test_ctrl_c_keeps_the_best_model_and_says_so(corpus, tmp_path):
     exp_dir = tmp_path / "run"
     flags = ["--root", corpus, *TINY_RUN, "--epochs", "10000"]

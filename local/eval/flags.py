@@ -1,5 +1,6 @@
 """What the flags of eval.py mean, and what is wrong with them."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def find_test_set(args: Namespace) -> tuple[Path, str]:
         raise UserError(f"--root is needed: {conf_file} has no data.root")
     if suffix not in SUFFIXES:
         raise UserError(f"{conf_file}: data.suffix must be {' or '.join(SUFFIXES)}, got {suffix}")
-    return Path(str(root)), suffix
+    return Path(os.path.expanduser(str(root))), suffix
 
 
 def choose_device(use_gpu: int, ranks: Ranks) -> torch.device:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from local import __version__
 from local.checkpoint import find_weights
 from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
@@ -116,6 +117,7 @@ def plan_records(
             "made_with": settings,
             "files": describe_files(track),
             "saved": kind if number < count else None,
+            "version": __version__,
         }
         for number, track in enumerate(tracks)
     }

@@ -109,6 +109,7 @@ def save_track(out: Path, store, record: dict) -> None:
             - "made_with": the settings that the scores depend on, see `out.describe_settings`
             - "files": the files of the track, see `tracks.describe_files`
             - "saved": the format of the saved estimates, or None
+            - "version": of this recipe, on which the scores do not depend
             - "frames": their number
             - "mixture_SDR": target -> {"median", "mean"} over frames of the mixture's SDR, in dB
             - "uSDR", "mixture_uSDR": target -> SDR of the whole track, in dB

@@ -1,11 +1,15 @@
 """How commands read flags and report errors: a line per fault, and an exit status."""
 
 import argparse
+import difflib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from local import __version__
 
 # Exit statuses, as shells give them.
 INTERRUPTED = 130  # Ctrl-C
@@ -17,13 +21,45 @@ class UserError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without the usage of all flags."""
+    """The parser of every command.
+
+    It reports errors in one line, without the usage of all flags. A flag may be spelled with - for
+    _, and `type=Path` expands ~, which a shell leaves as it is in --root=~/MUSDB18.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but unknown flags are errors, also where a required one is missing."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        faults = []
+        for place, word in enumerate(words[:end]):
+            name, equals, value = word.partition("=")
+            flag = self._find_flag(name)
+            if flag and name.startswith("--"):
+                words[place] = f"{flag}{equals}{value}"
+            elif flag:
+                faults.append(f"there is no flag {name}; did you mean {flag}?")
+            elif name.startswith("--") and " " not in name:  # else no flag, by argparse's rules
+                meant = suggest(f"--{name[2:].replace('-', '_')}", self._option_string_actions)
+                faults.append(f"there is no flag {name}{meant}")
+        if faults:
+            self.error("; ".join(faults))
+        return super().parse_known_args(words, namespace)
+
+    def _find_flag(self, name: str) -> str:
+        """Return the long flag that is meant by -out, --exp-dir or --exp_dir; "" for none."""
+        flags = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        word = name.removeprefix("-").removeprefix("-")
+        dashed = f"--{word.replace('_', '-')}"
+        return flags.get(dashed, "") if name[:1] == "-" and len(name) > 2 else ""
 
 
 @contextmanager
@@ -60,6 +96,14 @@ def raise_together(faults: list[str], heading: str = "") -> None:
     if faults:
         lines = [f"{heading or 'the configuration'}: {len(faults)} faults", *faults]
         raise UserError("\n  ".join(lines))
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean" and the name that was probably meant; "" where there is none."""
+    names = sorted(known)
+    longer = [name for name in names if name.startswith(word)]
+    found = longer[:3] or difflib.get_close_matches(word, names, n=1, cutoff=0.75)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def brief(error: BaseException, most: int = 300) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.torch_version import TorchVersion
 
+from local import __version__
 from local.tools.command_line import UserError, brief
 from local.tools.files import atomic_path
 
@@ -85,8 +86,8 @@ class HubModel(PyTorchModelHubMixin):
 
 
 def software_versions() -> dict[str, str]:
-    """Those of the installed packages that train a model."""
-    found = {}
+    """Those of this recipe, and of the installed packages that train a model."""
+    found = {"recipe": __version__}
     for name in ("torch", "pytorch-lightning", "asteroid"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)

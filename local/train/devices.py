@@ -5,7 +5,11 @@ import os
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -33,13 +37,21 @@ def make_trainer_on_devices(conf: dict, items: int, valid_tracks: int, **setting
     training = conf["training"]
     names = ("devices", "accelerator", "num_nodes")
     settings |= {name: training[name] for name in names} | {"logger": False}
+    # Under SLURM Lightning would resume from any hpc_ckpt_*.ckpt in the current folder.
+    settings["default_root_dir"] = conf["main_args"]["exp_dir"]
     try:
+        if SLURMEnvironment.detect() and not torch.distributed.is_torchelastic_launched():
+            # Lightning would save a checkpoint of its own and requeue: see `requeue_job`.
+            settings["plugins"] = [
+                *settings.get("plugins", ()),
+                SLURMEnvironment(auto_requeue=False),
+            ]
         trainer = pl.Trainer(**settings)
         if isinstance(trainer.strategy, DDPStrategy):  # which Lightning chooses for several
             trainer = pl.Trainer(**settings, strategy=DDPStrategy(gradient_as_bucket_view=True))
             atexit.register(end_process_group)
         _check_launcher(trainer)
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         flags = ", ".join(f"--{name} {training[name]}" for name in names)
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     end_with_sigterm_as_with_ctrl_c(trainer)

@@ -119,13 +119,14 @@ class Forecast(pl.Callback):
 
     def _describe_time(self, per_batch: float, trainer: pl.Trainer, training: dict) -> str:
         epoch, epochs = trainer.num_training_batches, training["epochs"]
-        run, end = epoch * epochs, plural(epochs, "epoch")
-        limit = training["max_steps"] * training["aggregate"]
-        if 0 < limit < run:
-            run, end = limit, plural(training["max_steps"], "step")
+        limits = {
+            epoch * epochs: plural(epochs, "epoch"),
+            training["max_steps"] * training["aggregate"]: plural(training["max_steps"], "step"),
+        }
+        run = min((batches for batches in limits if batches > 0), default=0)
+        whole = f" {describe_time(per_batch * run)} for {limits[run]}," if run else ""
         return (
-            f"{'time':<11}{describe_time(per_batch * epoch)} per epoch,"
-            f" {describe_time(per_batch * run)} for {end}, measured on"
+            f"{'time':<11}{describe_time(per_batch * epoch)} per epoch,{whole} measured on"
             f" {plural(self._last - self._first, 'batch', 'batches')}, without validation"
         )
 

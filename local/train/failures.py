@@ -14,7 +14,7 @@ from local.system import MusicSystem
 from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
 from local.train.display import describe_early_end
-from local.train.interrupts import Interrupted, Interrupts
+from local.train.interrupts import Interrupted, Interrupts, requeue_job
 
 
 def fit(trainer: pl.Trainer, system: MusicSystem, checkpoint: Path | None) -> None:
@@ -31,6 +31,8 @@ def fit(trainer: pl.Trainer, system: MusicSystem, checkpoint: Path | None) -> No
         if _is_interrupt(error) or (is_lost_connection(error) and interrupts.signum):
             if trainer.is_global_zero:
                 _print_error(f"\ninterrupted {describe_early_end(trainer)}")
+                if requeued := requeue_job(interrupts.signum):
+                    _print_error(requeued)
             raise SystemExit(128 + (interrupts.signum or signal.SIGINT)) from None
         if fault := describe_failure(error, system):
             raise UserError(fault) from None

@@ -63,11 +63,14 @@ def describe_model(model: torch.nn.Module) -> str:
 
 
 def _describe_limits(training: dict, trainer: pl.Trainer) -> str:
-    limits = f"after {plural(training['epochs'], 'epoch')}"
-    if training["max_steps"] > 0:
-        limits += f" or {plural(training['max_steps'], 'step')}"
-    stopper = trainer.early_stopping_callback
-    return f"{limits}, or by {describe_object(stopper)}" if stopper else limits
+    limits = [
+        f"after {plural(limit, unit)}"
+        for limit, unit in ((training["epochs"], "epoch"), (training["max_steps"], "step"))
+        if limit > 0
+    ]
+    if stopper := trainer.early_stopping_callback:
+        limits.append(f"by {describe_object(stopper)}")
+    return ", or ".join(limits) or "when it is interrupted: there is no limit"
 
 
 def _describe_forward(model: torch.nn.Module, training: dict) -> str:

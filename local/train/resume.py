@@ -204,7 +204,7 @@ def _refuse_lost_place(conf: dict, content: dict, items: int) -> None:
     """Raises a UserError if the place of a checkpoint is beyond the end of the run or the epoch."""
     exp_dir, epochs = conf["main_args"]["exp_dir"], conf["training"]["epochs"]
     place = f"{exp_dir}: the run resumes in epoch {content['epoch']}"
-    if content["epoch"] >= epochs:
+    if 0 < epochs <= content["epoch"]:
         raise UserError(f"{place}, and ends before that with --epochs {epochs}; raise --epochs")
     if content["run"]["items"] >= items:
         raise UserError(
@@ -218,6 +218,6 @@ def is_finished(content: dict, conf: dict) -> bool:
     end, training = content["run"].get("finished"), conf["training"]
     return bool(end) and (
         (end["early"] and training["early_stop"])
-        or training["epochs"] <= end["epochs"]
+        or 0 < training["epochs"] <= end["epochs"]
         or 0 < training["max_steps"] <= content["global_step"]
     )

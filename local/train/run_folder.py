@@ -116,8 +116,9 @@ def write_settings(conf: dict, resumed=None) -> None:
         for key in ("root", "valid_tracks"):  # relative ones hold in this folder alone
             if conf["data"][key]:
                 conf["data"][key] = str(Path(conf["data"][key]).absolute())
+        saved = {**conf, "main_args": {**conf["main_args"], "exp_dir": str(exp_dir.absolute())}}
         with atomic_path(exp_dir / "conf.yml") as temporary:
-            text = yaml.safe_dump(conf, sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--exp_dir: {exp_dir} cannot be written: {error.strerror}") from None

@@ -1,0 +1,47 @@
+"""The values of settings: a word of the command line, or a value of YAML, as the kind expected."""
+
+import argparse
+import re
+
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
+WORDS = {
+    **dict.fromkeys(("yes", "true", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "n", "0"), False),
+}
+
+
+def read_word(kind: type, word: str):
+    """A word of the command line as `kind`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is another kind.
+    """
+    try:
+        return WORDS[word.lower()] if kind is bool else kind(word)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {KIND_NAMES[kind]}, got {word!r}") from None
+
+
+def as_kind(value, kind: type):
+    """A value of YAML as `kind`, where nothing is lost by it: YAML has 5 for 5.0, null for no text,
+    and true for yes.
+
+    Raises:
+        TypeError: it is another kind.
+    """
+    if kind is str and value is None:
+        return ""
+    if kind is str and isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and not isinstance(value, bool) and kind in (float, str):
+        return kind(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def describe_wrong_kind(name: str, value, kind: type) -> str:
+    fault = f"{name}: expected {KIND_NAMES[kind]}, got {value!r}"
+    if kind is float and isinstance(value, str) and re.fullmatch(r"\d+e-?\d+", value):
+        fault += f"; YAML reads it as a number when written {value.replace('e', '.0e')}"
+    return fault
