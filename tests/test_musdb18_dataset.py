@@ -354,10 +354,50 @@ def test_the_mixture_is_not_needed_for_training_but_for_the_test(own_corpus):
     assert "mixture.wav: missing" in fault_of(own_corpus, "test", sources=("mixture", *SOURCES))
 
 
-def test_hidden_folders_are_no_tracks(own_corpus):
-    (own_corpus / "train" / ".Half made.tmp").mkdir()
-    (own_corpus / "train" / "notes.txt").touch()
-    assert len(find_tracks(own_corpus, "train", RATE)) == len(TRAIN_NAMES)
+def test_folders_of_systems_are_no_tracks(own_corpus):
+    train = own_corpus / "train"
+    for name in (".Half made.tmp", "__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints"):
+        (train / name).mkdir()
+        (train / name / "._vocals.wav").write_bytes(b"\0\5\x16\7")
+        (train / TRAIN_NAMES[0] / name).mkdir()
+    (train / "notes.txt").touch()
+    (train / "._gone").symlink_to("gone")
+    tracks = find_tracks(own_corpus, "train", RATE)
+    assert [track.name for track in tracks] == sorted(TRAIN_NAMES)
+
+
+def test_a_track_may_be_named_as_a_folder_of_a_system(own_corpus):
+    folder = (own_corpus / "train" / TRAIN_NAMES[0]).rename(own_corpus / "train" / "Lost+Found")
+    assert "Lost+Found" in [track.name for track in find_tracks(own_corpus, "train", RATE)]
+    (folder / "vocals.wav").unlink()
+    assert "Lost+Found/vocals.wav: missing" in fault_of(own_corpus)
+
+
+@pytest.mark.parametrize("content", [[], [".DS_Store"], ["._vocals.wav"], ["@eaDir"]])
+def test_an_ordinary_folder_without_audio_is_a_fault(own_corpus, content):
+    """It may be a track whose copy has failed."""
+    (own_corpus / "train" / "Failed").mkdir()
+    for name in content:
+        (own_corpus / "train" / "Failed" / name).touch()
+    assert "train/Failed/vocals.wav: missing" in fault_of(own_corpus)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_names_of_files_in_other_letters(corpus, tmp_path, suffix):
+    write_corpus(tmp_path, suffix)
+    folder = tmp_path / "train" / TRAIN_NAMES[0]
+    for name in (f"vocals.{suffix.upper()}", f"Bass.{suffix}", f"DRUMS.{suffix.title()}"):
+        (folder / name.casefold()).rename(folder / name)
+    expected = find_tracks(corpus, "train", RATE)
+    for one, other in zip(expected, find_tracks(tmp_path, "train", RATE, suffix), strict=True):
+        for source in SOURCES:
+            np.testing.assert_array_equal(one.read(source), other.read(source))
+    shutil.copy(folder / f"vocals.{suffix.upper()}", folder / f"vocals.{suffix}")
+    names = f"vocals.{suffix.upper()} and vocals.{suffix}"
+    fault = f"train/{TRAIN_NAMES[0]}/vocals.{suffix}: {names} are both there"
+    with pytest.raises(DatasetError) as error:
+        find_tracks(tmp_path, "train", RATE, suffix)
+    assert fault in str(error.value)
 
 
 def test_tracks_shorter_than_a_segment_are_listed(tracks):
