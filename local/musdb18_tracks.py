@@ -14,7 +14,7 @@ from local.stems import STREAMS, stem_files
 from local.tools.choices import SUFFIXES
 from local.tools.command_line import UserError
 from local.tools.files import is_foreign
-from local.tools.pcm16 import read_pcm16
+from local.tools.sound_files import describe_fault, read_pcm16
 
 # In the order in which the published recipe stacks them as targets.
 SOURCES = ("vocals", "bass", "drums", "other")
@@ -38,6 +38,7 @@ VALIDATION_TRACKS = (
     "Traffic Experiment - Sirens",
 )
 MOST_FAULTS_SHOWN = 20
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
 # Control characters, line breaks, and surrogates, which stand for bytes that are not UTF-8.
 UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -101,18 +102,17 @@ class Track:
             if frames is not None:
                 return frames.T, np.float32(1 / 32768)
             name = os.fsencode(path)
-            frames, _ = sf.read(name, length, start, dtype="float32", always_2d=True)
-        except (OSError, sf.LibsndfileError) as error:
-            raise DatasetError(f"{path}: cannot be read: {error}") from None
+            frames, rate = sf.read(name, length, start, dtype="float32", always_2d=True)
+        except (OSError, sf.LibsndfileError):
+            raise DatasetError(f"{path}: {describe_fault(path)}") from None
         if len(frames) != expected:
             raise DatasetError(
                 f"{path}: expected {expected} samples from sample {start} on, got {len(frames)};"
                 " the file is damaged or was changed"
             )
-        if frames.shape[1] != 2:
-            raise DatasetError(
-                f"{path}: expected 2 channels, got {frames.shape[1]}; the file was changed"
-            )
+        if (frames.shape[1], rate) != (2, self.rate):
+            found = f"got {frames.shape[1]} at {rate} Hz; the file was changed"
+            raise DatasetError(f"{path}: expected 2 channels at {self.rate} Hz, {found}")
         if not np.isfinite(frames).all():
             bad = start + int(np.argmin(np.isfinite(frames).all(axis=1)))
             raise DatasetError(
@@ -219,8 +219,14 @@ def _open_track(
             names[source] = name
         try:
             info = sf.info(os.fsencode(folder / name))
-        except (OSError, sf.LibsndfileError) as error:
-            faults.append(f"{where}/{name}: cannot be read: {_reason(error)}")
+        except (OSError, sf.LibsndfileError):
+            faults.append(f"{where}/{name}: {describe_fault(folder / name)}")
+            continue
+        if info.frames == UNKNOWN_LENGTH:
+            faults.append(
+                f"{where}/{name}: its header does not say how long it is; write it again, for"
+                " example with ffmpeg"
+            )
             continue
         lengths[name] = info.frames
         if info.frames == 0:
@@ -245,11 +251,6 @@ def _describe_choice(found: list[str], source: str, there: list[str]) -> str:
         return f"{' and '.join(found)} are both there; remove all but one"
     others = [name for name in there if name.casefold().startswith(f"{source}.")]
     return "missing" + (f" (found {', '.join(others)}: see --suffix)" if others else "")
-
-
-def _reason(error: Exception) -> str:
-    """libsndfile's message without the path that soundfile puts before it."""
-    return str(error).rpartition(": ")[2]
 
 
 def raise_dataset_faults(root: Path, faults: list[str]) -> None:

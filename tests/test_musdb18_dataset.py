@@ -1,8 +1,10 @@
 import importlib.util
 import multiprocessing
 import os
+import re
 import shutil
 import struct
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -430,6 +432,47 @@ def test_a_file_that_shrinks_or_goes_during_the_run_is_named(own_corpus):
         track.read("bass", 10, 1000)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    place=st.floats(0, 1, exclude_max=True),
+    kind=st.sampled_from(["flip", "cut", "remove", "blank"]),
+    start=st.integers(0, 11_000),
+)
+def test_a_damaged_flac_is_named_or_read_right(scratch, place, kind, start):
+    audio = make_stems(1.5, RATE, 0)["mixture"]
+    path = scratch / "vocals.flac"
+    sf.write(path, audio, RATE)
+    content = bytearray(path.read_bytes())
+    index = int(place * len(content))
+    if kind == "flip":
+        content[index] ^= 4
+    elif kind == "cut":
+        del content[index:]
+    elif kind == "remove":
+        del content[index : index + 300]
+    else:
+        content[index : index + 300] = bytes(len(content[index : index + 300]))
+    path.write_bytes(content)
+    try:
+        samples = Track(scratch, "flac", RATE, len(audio)).read("vocals", start, 1000)
+    except DatasetError as error:
+        fault = str(error)
+        assert fault.startswith(f"{path}: ")
+        assert re.search("damaged|changed|empty", fault)
+        assert not re.search("psf|decoder|sync|Error", fault)
+    else:
+        np.testing.assert_array_equal(samples * 32768, audio[start : start + 1000].T)
+
+
+def test_a_flac_of_unknown_length_is_refused(tmp_path):
+    write_corpus(tmp_path / "flac", "flac")
+    path = tmp_path / "flac" / "train" / TRAIN_NAMES[0] / "bass.flac"
+    convert = ["ffmpeg", "-v", "error", "-i", path, "-f", "flac", "-"]
+    path.write_bytes(subprocess.run(convert, capture_output=True, check=True).stdout)
+    with pytest.raises(DatasetError, match="bass.flac: its header does not say how long"):
+        find_tracks(tmp_path / "flac", "train", RATE, "flac")
+
+
 @pytest.fixture
 def changing(tmp_path, noise) -> tuple[Track, Path]:
     """(a track as it was when the run began, its file)"""
@@ -466,7 +509,7 @@ def test_a_file_replaced_by_one_of_another_length(changing, noise, found):
 def test_a_file_replaced_by_one_of_other_channels(changing, noise):
     track, path = changing
     sf.write(path, noise[:, :1], RATE)
-    with pytest.raises(DatasetError, match="vocals.wav: expected 2 channels, got 1"):
+    with pytest.raises(DatasetError, match="vocals.wav: expected 2 channels at 8000 Hz, got 1"):
         track.read("vocals", 0, 100)
 
 
