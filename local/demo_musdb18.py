@@ -25,7 +25,7 @@ if not __package__:  # run as a script: Python puts this folder on its path, not
 from local.musdb18_tracks import VALIDATION_TRACKS
 from local.stems import decode_track
 from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
-from local.tools.files import atomic_path
+from local.tools.files import atomic_path, is_foreign
 
 # Seconds of a song: room for an empty beat and some singing; what fits in memory.
 SHORTEST, LONGEST = 3.0, 600.0
@@ -84,7 +84,7 @@ def claim(out: Path, arguments: dict) -> None:
             raise UserError(f"{out} was made with {note.read_text()}, not {wanted}; {remedy}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
+    if not all(map(is_foreign, out.iterdir())):
         raise UserError(f"{out} holds files that are not of this command; {remedy}")
     with atomic_path(note) as temporary:
         temporary.write_text(wanted)

@@ -3,16 +3,18 @@
 import os
 import re
 import shlex
-import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile as sf
 
+from local.stems import STREAMS, stem_files
+from local.tools.choices import SUFFIXES
 from local.tools.command_line import UserError
+from local.tools.files import is_foreign
+from local.tools.sound_files import describe_fault, read_pcm16
 
 # In the order in which the published recipe stacks them as targets.
 SOURCES = ("vocals", "bass", "drums", "other")
@@ -36,6 +38,7 @@ VALIDATION_TRACKS = (
     "Traffic Experiment - Sirens",
 )
 MOST_FAULTS_SHOWN = 20
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
 # Control characters, line breaks, and surrogates, which stand for bytes that are not UTF-8.
 UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -46,12 +49,17 @@ class DatasetError(UserError):
 
 @dataclass(frozen=True)
 class Track:
-    """A folder with one stereo file per source, all of the same rate and length (in samples)."""
+    """A folder with one stereo file per source, all of the same rate and length (in samples).
+
+    Args:
+        names: of files in other letters than SOURCE.SUFFIX, such as vocals.WAV.
+    """
 
     folder: Path
     suffix: str
     rate: int
     length: int
+    names: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -62,7 +70,7 @@ class Track:
         return self.length / self.rate
 
     def path(self, source: str) -> Path:
-        return self.folder / f"{source}.{self.suffix}"
+        return self.folder / self.names.get(source, f"{source}.{self.suffix}")
 
     def read(self, source: str, start: int = 0, length: int = -1) -> np.ndarray:
         """Reads a source as float32.
@@ -90,22 +98,21 @@ class Track:
         path = self.path(source)
         expected = self.length - start if length == -1 else length
         try:
-            frames = self._read_pcm16(path, start, expected)
+            frames = read_pcm16(path, self.rate, self.length, start, expected)
             if frames is not None:
                 return frames.T, np.float32(1 / 32768)
             name = os.fsencode(path)
-            frames, _ = sf.read(name, length, start, dtype="float32", always_2d=True)
-        except (OSError, sf.LibsndfileError) as error:
-            raise DatasetError(f"{path}: cannot be read: {error}") from None
+            frames, rate = sf.read(name, length, start, dtype="float32", always_2d=True)
+        except (OSError, sf.LibsndfileError):
+            raise DatasetError(f"{path}: {describe_fault(path)}") from None
         if len(frames) != expected:
             raise DatasetError(
                 f"{path}: expected {expected} samples from sample {start} on, got {len(frames)};"
                 " the file is damaged or was changed"
             )
-        if frames.shape[1] != 2:
-            raise DatasetError(
-                f"{path}: expected 2 channels, got {frames.shape[1]}; the file was changed"
-            )
+        if (frames.shape[1], rate) != (2, self.rate):
+            found = f"got {frames.shape[1]} at {rate} Hz; the file was changed"
+            raise DatasetError(f"{path}: expected 2 channels at {self.rate} Hz, {found}")
         if not np.isfinite(frames).all():
             bad = start + int(np.argmin(np.isfinite(frames).all(axis=1)))
             raise DatasetError(
@@ -113,38 +120,6 @@ class Track:
                 " fix or remove the file"
             )
         return frames.T, np.float32(1)
-
-    def _read_pcm16(self, path: Path, start: int, length: int) -> np.ndarray | None:
-        """Reads (length, 2) int16; None if the file is no 16-bit wav or has changed.
-
-        Then libsndfile reads it, or reports what is wrong. Not a memory map: if the file shrank,
-        the process would be killed.
-        """
-        with open(path, "rb") as file:
-            size = _find_pcm16(file, self.rate)
-            if size != 4 * self.length or not 0 <= start <= self.length - length:
-                return None
-            file.seek(4 * start, os.SEEK_CUR)
-            frames = np.empty((length, 2), "<i2")
-            return frames if file.readinto(frames) == frames.nbytes else None
-
-
-def _find_pcm16(file: BinaryIO, rate: int) -> int:
-    """Seeks to the samples of a 16-bit stereo wav; returns their bytes, or 0 for other files."""
-    head = file.read(12)
-    if head[:4] + head[8:] != b"RIFFWAVE":
-        return 0
-    pcm16 = struct.pack("<HHIIHH", 1, 2, rate, 4 * rate, 4, 16)
-    layout = b""
-    while chunk := file.read(8):
-        size = int.from_bytes(chunk[4:], "little")
-        if chunk[:4] == b"data":
-            return size if layout == pcm16 else 0
-        end = file.tell() + size + size % 2
-        if chunk[:4] == b"fmt ":
-            layout = file.read(16)
-        file.seek(end)
-    return 0
 
 
 def find_tracks(
@@ -171,12 +146,13 @@ def find_tracks(
             f"--root: {root} holds no {split}/TRACK/vocals.{suffix}; pass the folder that holds"
             " train/ and test/"
         )
-    # Hidden folders are unfinished tracks or belong to file browsers.
-    entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    folders = [path for path in entries if path.is_dir()]
-    links = [path for path in entries if path.is_symlink() and not path.exists()]
+    try:
+        links = [path for path in sorted(folder.iterdir()) if _is_broken_link(path)]
+    except OSError as error:
+        raise DatasetError(f"--root: {folder} cannot be read: {error.strerror}") from None
+    folders = list_folders(folder)
     if not folders and not links:
-        if any(folder.glob("*.stem.mp4")):
+        if stem_files(root, split):
             raise DatasetError(
                 f"--root: {root} holds .stem.mp4 files; decode them once with"
                 f" python -m local.stems {shlex.quote(str(root))} OUT, and use --root OUT"
@@ -187,6 +163,28 @@ def find_tracks(
     tracks = [_open_track(path, rate, suffix, sources, faults) for path in folders]
     raise_dataset_faults(root, faults)
     return tracks
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """The folders in ROOT/train or ROOT/test that should be tracks, sorted.
+
+    Those that systems have made are none: see `is_foreign`. But a track may have their name.
+    """
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.is_dir() and (not is_foreign(path) or _is_named_as_by_a_system(path))
+    ]
+
+
+def _is_named_as_by_a_system(folder: Path) -> bool:
+    """Whether a folder holds audio files of a track, and is not hidden."""
+    files = {f"{name}.{suffix}" for name in STREAMS for suffix in SUFFIXES}
+    return folder.name[0] != "." and any(path.name.casefold() in files for path in folder.glob("*"))
+
+
+def _is_broken_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists() and not is_foreign(path)
 
 
 def find_name_faults(names: Iterable[str]) -> list[str]:
@@ -204,19 +202,31 @@ def _open_track(
     """The track in a folder; or None, with what is wrong appended to `faults`."""
     where = f"{folder.parent.name}/{folder.name}"
     known = len(faults)
-    lengths = {}
+    lengths, names = {}, {}
+    try:
+        there = sorted(os.listdir(folder))
+    except OSError as error:
+        faults.append(f"{where}: cannot be read: {error.strerror}")
+        return None
     for source in sources:
         name = f"{source}.{suffix}"
-        path = folder / name
-        if not path.exists():
-            others = sorted(p.name for p in folder.glob(f"{source}.*") if p.suffix != path.suffix)
-            hint = f" (found {', '.join(others)}: see --suffix)" if others else ""
-            faults.append(f"{where}/{name}: missing{hint}")
+        found = [other for other in there if other.casefold() == name]
+        if len(found) != 1:
+            faults.append(f"{where}/{name}: {_describe_choice(found, source, there)}")
             continue
+        (name,) = found
+        if name != f"{source}.{suffix}":
+            names[source] = name
         try:
-            info = sf.info(os.fsencode(path))
-        except (OSError, sf.LibsndfileError) as error:
-            faults.append(f"{where}/{name}: cannot be read: {_reason(error)}")
+            info = sf.info(os.fsencode(folder / name))
+        except (OSError, sf.LibsndfileError):
+            faults.append(f"{where}/{name}: {describe_fault(folder / name)}")
+            continue
+        if info.frames == UNKNOWN_LENGTH:
+            faults.append(
+                f"{where}/{name}: its header does not say how long it is; write it again, for"
+                " example with ffmpeg"
+            )
             continue
         lengths[name] = info.frames
         if info.frames == 0:
@@ -232,12 +242,15 @@ def _open_track(
         faults.append(f"{where}: files of different lengths, in samples: {found}")
     if len(faults) > known:
         return None
-    return Track(folder, suffix, rate, lengths[name])
+    return Track(folder, suffix, rate, lengths[name], names)
 
 
-def _reason(error: Exception) -> str:
-    """libsndfile's message without the path that soundfile puts before it."""
-    return str(error).rpartition(": ")[2]
+def _describe_choice(found: list[str], source: str, there: list[str]) -> str:
+    """Why no file, or none of those found, is the one of a source."""
+    if found:
+        return f"{' and '.join(found)} are both there; remove all but one"
+    others = [name for name in there if name.casefold().startswith(f"{source}.")]
+    return "missing" + (f" (found {', '.join(others)}: see --suffix)" if others else "")
 
 
 def raise_dataset_faults(root: Path, faults: list[str]) -> None:

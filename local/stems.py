@@ -24,7 +24,7 @@ from local.tools.command_line import (
     raise_together,
 )
 from local.tools.ffmpeg import need_ffmpeg
-from local.tools.files import atomic_path
+from local.tools.files import atomic_path, is_foreign
 
 SUFFIX = ".stem.mp4"
 # The audio streams of a file, in their order.
@@ -45,12 +45,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stem_files(root: Path, split: str) -> list[Path]:
-    """Return the .stem.mp4 files of ROOT/`split`, sorted by name."""
-    return sorted((root / split).glob(f"[!.]*{SUFFIX}"))
+    """Return the .stem.mp4 files of ROOT/`split`, sorted by name.
+
+    Raises:
+        UserError: two of them differ only in the letters of the suffix, as A.stem.MP4 does.
+    """
+    files = sorted(
+        path
+        for path in (root / split).glob("*")
+        if path.name.casefold().endswith(SUFFIX) and not is_foreign(path)
+    )
+    tracks, faults = {}, []
+    for path in files:
+        if (other := tracks.setdefault(track_name(path), path)) != path:
+            faults.append(f"{path} and {other.name} would be the same track; remove one")
+    raise_together(faults, heading=str(root))
+    return files
 
 
 def track_name(stem_file: Path) -> str:
-    return stem_file.name.removesuffix(SUFFIX)
+    return stem_file.name[: -len(SUFFIX)]
 
 
 def probe_rate(stem_file: Path) -> int | None:

@@ -1,8 +1,10 @@
 import importlib.util
 import multiprocessing
 import os
+import re
 import shutil
 import struct
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -354,10 +356,50 @@ def test_the_mixture_is_not_needed_for_training_but_for_the_test(own_corpus):
     assert "mixture.wav: missing" in fault_of(own_corpus, "test", sources=("mixture", *SOURCES))
 
 
-def test_hidden_folders_are_no_tracks(own_corpus):
-    (own_corpus / "train" / ".Half made.tmp").mkdir()
-    (own_corpus / "train" / "notes.txt").touch()
-    assert len(find_tracks(own_corpus, "train", RATE)) == len(TRAIN_NAMES)
+def test_folders_of_systems_are_no_tracks(own_corpus):
+    train = own_corpus / "train"
+    for name in (".Half made.tmp", "__MACOSX", "@eaDir", "lost+found", ".ipynb_checkpoints"):
+        (train / name).mkdir()
+        (train / name / "._vocals.wav").write_bytes(b"\0\5\x16\7")
+        (train / TRAIN_NAMES[0] / name).mkdir()
+    (train / "notes.txt").touch()
+    (train / "._gone").symlink_to("gone")
+    tracks = find_tracks(own_corpus, "train", RATE)
+    assert [track.name for track in tracks] == sorted(TRAIN_NAMES)
+
+
+def test_a_track_may_be_named_as_a_folder_of_a_system(own_corpus):
+    folder = (own_corpus / "train" / TRAIN_NAMES[0]).rename(own_corpus / "train" / "Lost+Found")
+    assert "Lost+Found" in [track.name for track in find_tracks(own_corpus, "train", RATE)]
+    (folder / "vocals.wav").unlink()
+    assert "Lost+Found/vocals.wav: missing" in fault_of(own_corpus)
+
+
+@pytest.mark.parametrize("content", [[], [".DS_Store"], ["._vocals.wav"], ["@eaDir"]])
+def test_an_ordinary_folder_without_audio_is_a_fault(own_corpus, content):
+    """It may be a track whose copy has failed."""
+    (own_corpus / "train" / "Failed").mkdir()
+    for name in content:
+        (own_corpus / "train" / "Failed" / name).touch()
+    assert "train/Failed/vocals.wav: missing" in fault_of(own_corpus)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_names_of_files_in_other_letters(corpus, tmp_path, suffix):
+    write_corpus(tmp_path, suffix)
+    folder = tmp_path / "train" / TRAIN_NAMES[0]
+    for name in (f"vocals.{suffix.upper()}", f"Bass.{suffix}", f"DRUMS.{suffix.title()}"):
+        (folder / name.casefold()).rename(folder / name)
+    expected = find_tracks(corpus, "train", RATE)
+    for one, other in zip(expected, find_tracks(tmp_path, "train", RATE, suffix), strict=True):
+        for source in SOURCES:
+            np.testing.assert_array_equal(one.read(source), other.read(source))
+    shutil.copy(folder / f"vocals.{suffix.upper()}", folder / f"vocals.{suffix}")
+    names = f"vocals.{suffix.upper()} and vocals.{suffix}"
+    fault = f"train/{TRAIN_NAMES[0]}/vocals.{suffix}: {names} are both there"
+    with pytest.raises(DatasetError) as error:
+        find_tracks(tmp_path, "train", RATE, suffix)
+    assert fault in str(error.value)
 
 
 def test_tracks_shorter_than_a_segment_are_listed(tracks):
@@ -388,6 +430,47 @@ def test_a_file_that_shrinks_or_goes_during_the_run_is_named(own_corpus):
     track.path("bass").unlink()
     with pytest.raises(DatasetError, match="bass.wav: cannot be read"):
         track.read("bass", 10, 1000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    place=st.floats(0, 1, exclude_max=True),
+    kind=st.sampled_from(["flip", "cut", "remove", "blank"]),
+    start=st.integers(0, 11_000),
+)
+def test_a_damaged_flac_is_named_or_read_right(scratch, place, kind, start):
+    audio = make_stems(1.5, RATE, 0)["mixture"]
+    path = scratch / "vocals.flac"
+    sf.write(path, audio, RATE)
+    content = bytearray(path.read_bytes())
+    index = int(place * len(content))
+    if kind == "flip":
+        content[index] ^= 4
+    elif kind == "cut":
+        del content[index:]
+    elif kind == "remove":
+        del content[index : index + 300]
+    else:
+        content[index : index + 300] = bytes(len(content[index : index + 300]))
+    path.write_bytes(content)
+    try:
+        samples = Track(scratch, "flac", RATE, len(audio)).read("vocals", start, 1000)
+    except DatasetError as error:
+        fault = str(error)
+        assert fault.startswith(f"{path}: ")
+        assert re.search("damaged|changed|empty", fault)
+        assert not re.search("psf|decoder|sync|Error", fault)
+    else:
+        np.testing.assert_array_equal(samples * 32768, audio[start : start + 1000].T)
+
+
+def test_a_flac_of_unknown_length_is_refused(tmp_path):
+    write_corpus(tmp_path / "flac", "flac")
+    path = tmp_path / "flac" / "train" / TRAIN_NAMES[0] / "bass.flac"
+    convert = ["ffmpeg", "-v", "error", "-i", path, "-f", "flac", "-"]
+    path.write_bytes(subprocess.run(convert, capture_output=True, check=True).stdout)
+    with pytest.raises(DatasetError, match="bass.flac: its header does not say how long"):
+        find_tracks(tmp_path / "flac", "train", RATE, "flac")
 
 
 @pytest.fixture
@@ -426,7 +509,7 @@ def test_a_file_replaced_by_one_of_another_length(changing, noise, found):
 def test_a_file_replaced_by_one_of_other_channels(changing, noise):
     track, path = changing
     sf.write(path, noise[:, :1], RATE)
-    with pytest.raises(DatasetError, match="vocals.wav: expected 2 channels, got 1"):
+    with pytest.raises(DatasetError, match="vocals.wav: expected 2 channels at 8000 Hz, got 1"):
         track.read("vocals", 0, 100)
 
 

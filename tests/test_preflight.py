@@ -12,7 +12,7 @@ from local.musdb18_tracks import DatasetError, find_tracks
 from local.tools.command_line import UserError
 from local.tools.files import locked
 from local.train import preflight, run_folder
-from local.train.preflight import check_ends, describe_versions
+from local.train.preflight import check_files, describe_versions
 from local.train.run_folder import count_needed_bytes, find_existing_parent, find_folder_faults
 
 Usage = namedtuple("Usage", "free")
@@ -27,15 +27,27 @@ def cut(path, share=0.9) -> None:
 def test_files_that_end_badly_are_listed(tmp_path):
     root = write_corpus(tmp_path, "flac")
     tracks = find_tracks(root, "train", RATE, "flac")
-    check_ends(root, tracks)
+    check_files(root, tracks)
     cut(tracks[0].path("bass"))
     cut(tracks[2].path("vocals"))
     with pytest.raises(DatasetError) as error:
-        check_ends(root, find_tracks(root, "train", RATE, "flac"))
+        check_files(root, find_tracks(root, "train", RATE, "flac"))
     heading, *lines = str(error.value).splitlines()
     assert heading.startswith(f"--root: 2 faults in {root};")
     for line, path in zip(lines, (tracks[0].path("bass"), tracks[2].path("vocals")), strict=True):
         assert line.startswith(f"  {path}: ")
+
+
+def test_a_check_finds_damage_in_the_middle_of_a_flac(tmp_path):
+    root = write_corpus(tmp_path, "flac")
+    tracks = find_tracks(root, "train", RATE, "flac")
+    path = tracks[0].path("bass")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    check_files(root, tracks)
+    with pytest.raises(DatasetError, match=f"1 fault in .*\n  {path}: damaged after 0.4"):
+        check_files(root, tracks, whole=True)
 
 
 def test_a_place_that_will_not_do(tmp_path, monkeypatch):

@@ -39,6 +39,21 @@ def test_only_what_is_missing_is_decoded(excerpts, tmp_path, capsys):
     assert (kept / "vocals.wav").stat().st_mtime_ns == made
 
 
+def test_suffixes_in_other_letters_and_what_systems_leave(excerpts, tmp_path):
+    (file,) = (excerpts / "train").iterdir()
+    train = tmp_path / "root" / "train"
+    train.mkdir(parents=True)
+    shutil.copy(file, train / "A.stem.MP4")
+    (train / "._A.stem.mp4").touch()
+    (train / "@eaDir").mkdir()
+    assert decode_tree(tmp_path / "root", tmp_path / "out", jobs=1) == (1, 0)
+    assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["A"]
+    (train / "A.stem.mp4").touch()
+    with pytest.raises(UserError, match="A.stem.mp4 and A.stem.MP4 would be the same track"):
+        decode_tree(tmp_path / "root", tmp_path / "other", jobs=1)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("size", [0, 1000, 300_000])
 def test_a_broken_file_is_named_and_the_others_are_decoded(excerpts, tmp_path, size):
     root, out = Path(shutil.copytree(excerpts, tmp_path / "root")), tmp_path / "out"

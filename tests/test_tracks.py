@@ -77,11 +77,14 @@ def test_a_stem_root_of_another_rate_is_refused(excerpts):
         open_test_set(excerpts, RATE, "wav")
 
 
-def test_hidden_folders_make_no_wav_tree_of_a_stem_root(excerpts, tmp_path):
-    root = shutil.copytree(excerpts, tmp_path / "root")
-    (root / "test").chmod(0o755)
-    (root / "test" / ".cache").mkdir()
-    assert len(open_test_set(root, 44100, "wav")) == 1
+def test_what_systems_leave_makes_no_track_of_a_stem_root(excerpts, tmp_path):
+    (file,) = (excerpts / "test").iterdir()
+    (tmp_path / "test").mkdir()
+    shutil.copy(file, tmp_path / "test" / "A.stem.MP4")
+    (tmp_path / "test" / "._A.stem.mp4").touch()
+    for name in (".cache", "@eaDir", "__MACOSX"):
+        (tmp_path / "test" / name).mkdir()
+    assert [track.name for track in open_test_set(tmp_path, 44100, "wav")] == ["A"]
 
 
 def test_files_that_change_are_noticed(own_corpus, excerpts):

@@ -71,7 +71,7 @@ def make_out(out: Path, tracks: list[TestTrack]) -> None:
             f"--out_dir: {out} holds the test tracks, and they would be overwritten; name another"
             " --out_dir"
         )
-    scores = (out / "test").glob("*.json")
+    scores = (out / "test").glob("[!.]*.json")
     if others := sorted(path.name for path in scores if path.stem not in names):
         faults.append(
             f"--out_dir: {out} holds scores of another test set ({others[0]},"

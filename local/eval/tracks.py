@@ -16,6 +16,7 @@ from local.musdb18_tracks import (
     Track,
     find_name_faults,
     find_tracks,
+    list_folders,
     raise_dataset_faults,
 )
 from local.stems import STREAMS, decode_track, probe_rate, stem_files, track_name
@@ -53,8 +54,7 @@ def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
         UserError: ffmpeg is missing for .stem.mp4 files.
     """
     packed = stem_files(root, "test")
-    folders = [path for path in (root / "test").glob("[!.]*") if path.is_dir()]
-    if not packed or folders:
+    if not packed or list_folders(root / "test"):
         return find_tracks(root, "test", rate, suffix, FILES)
     need_ffmpeg()
     raise_dataset_faults(root, find_name_faults(track_name(path) for path in packed))

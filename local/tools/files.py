@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, hashes, YAML."""
+"""Files: atomic writes, locks, hashes, YAML, and which are no data."""
 
 import errno
 import fcntl
@@ -14,6 +14,14 @@ import yaml
 from local.tools.command_line import UserError, brief
 
 LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_path` can write
+# What systems put into any folder, in small letters.
+OF_SYSTEMS = {
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+    *("$recycle.bin", "recycler", "system volume information", "found.000"),  # Windows
+    *("desktop.ini", "thumbs.db", "ehthumbs.db"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),  # a NAS
+    *("lost+found", "~snapshot"),  # disks
+}
 
 
 @contextmanager
@@ -51,6 +59,15 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # some network file systems have no locks
         yield
+
+
+def is_foreign(path: Path) -> bool:
+    """Tell by its name whether a file or folder is no data of the user.
+
+    Such are those that begin with a dot (.DS_Store, ._vocals.wav, .ipynb_checkpoints, unfinished
+    ones: see `atomic_path`), and those that systems put into any folder.
+    """
+    return path.name.startswith(".") or path.name.casefold() in OF_SYSTEMS
 
 
 def _remove(path: Path) -> None:

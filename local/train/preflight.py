@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from local.train.run_folder import find_folder_faults, is_used
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 SHOWN = ("torch", "pytorch-lightning", "asteroid", "numpy", "soundfile")
 SAMPLE = 0.1  # seconds at the end of every file
+PIECE = 60  # seconds to read at a time
 READERS = 8  # files at a time; a network drive is faster with many
 
 
@@ -43,7 +45,7 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
         try:
             tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
             if is_first:  # the other ranks would read the same
-                check_ends(Path(data["root"]), tracks)
+                check_files(Path(data["root"]), tracks, whole=options["check"])
             if is_valid:
                 datasets = make_datasets(conf, tracks)
         except DatasetError as error:
@@ -52,22 +54,29 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
     return datasets
 
 
-def check_ends(root: Path, tracks: Sequence[Track]) -> None:
+def check_files(root: Path, tracks: Sequence[Track], whole: bool = False) -> None:
     """Reads the end of every stem: the header of a file that is cut short promises the whole.
+
+    Args:
+        whole: whether to read all of a flac, whose checksums show what else is damaged.
 
     Raises:
         DatasetError: lists the files that cannot be read.
     """
     files = [(track, source) for track in tracks for source in SOURCES]
     with ThreadPoolExecutor(READERS) as pool:
-        raise_dataset_faults(root, [fault for fault in pool.map(_find_fault, files) if fault])
+        faults = pool.map(partial(_find_fault, whole), files)
+        raise_dataset_faults(root, [fault for fault in faults if fault])
 
 
-def _find_fault(file: tuple[Track, str]) -> str:
+def _find_fault(whole: bool, file: tuple[Track, str]) -> str:
     track, source = file
-    length = min(round(SAMPLE * track.rate), track.length)
+    is_whole = whole and track.suffix == "flac"
+    start = 0 if is_whole else max(track.length - round(SAMPLE * track.rate), 0)
+    piece = PIECE * track.rate
     try:
-        track.read(source, track.length - length, length)
+        for begin in range(start, track.length, piece):
+            track.read(source, begin, min(piece, track.length - begin))
     except DatasetError as error:
         return str(error)
     return ""

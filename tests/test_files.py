@@ -1,0 +1,24 @@
+from pathlib import Path
+
+import pytest
+
+from local.tools.files import is_foreign
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin"),
+        *("System Volume Information", ".Trashes", ".ipynb_checkpoints", ".Half made.tmp"),
+        *("._vocals.wav", "._A.stem.mp4", ".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r"),
+    ],
+)
+def test_what_systems_and_programs_leave_is_no_data(name):
+    assert is_foreign(Path("music/train") / name)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ["vocals.wav", "Lost + Found", "@eaDir live", "_", "#1", "$"])
+def test_ordinary_names_are_data(name):
+    assert not is_foreign(Path(".cache/@eaDir") / name)
