@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from local.tools.choices import SCORERS, SUFFIXES, add_method_flags
 from local.tools.command_line import OneLineParser, clear_errors
+from local.tools.progress import add_progress_flags, set_progress
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait for
     import numpy as np
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
+        set_progress(args.quiet, args.progress)
         from local.eval.out import report_failed_access
 
         with report_failed_access(args):
@@ -60,6 +62,7 @@ def make_parser() -> OneLineParser:
         help="museval gives the same numbers, slower [%(default)s]",
     )
     add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")
+    add_progress_flags(parser)
     return parser
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
-from tqdm import tqdm
 
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
@@ -26,6 +25,7 @@ from local.musdb18_tracks import VALIDATION_TRACKS
 from local.stems import decode_track
 from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
 from local.tools.files import atomic_path, is_foreign
+from local.tools.progress import add_progress_flags, set_progress, show_progress
 
 # Seconds of a song: room for an empty beat and some singing; what fits in memory.
 SHORTEST, LONGEST = 3.0, 600.0
@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="length of a song")
     parser.add_argument("--tracks", type=int, default=8, help="songs to train on")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other songs")
+    add_progress_flags(parser)
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
-        make_demo(**vars(args))
+        set_progress(args.quiet, args.progress)
+        make_demo(args.out, args.seconds, args.tracks, args.seed)
     print(f"{args.out} is ready for train.py --root")
 
 
@@ -67,9 +69,12 @@ def make_demo(out: str | Path, seconds: float = 12.0, tracks: int = 8, seed: int
     raise_together(faults, heading="the demo")
     try:
         claim(out, {"seconds": float(seconds), "tracks": tracks, "seed": seed})
-        for key, folder in tqdm(song_folders(out, tracks), desc="demo", unit="song"):
-            if not folder.exists():
-                write_song(np.random.default_rng((seed, *key)), seconds, folder)
+        folders = song_folders(out, tracks)
+        with show_progress("demo", len(folders), "songs") as bar:
+            for key, folder in folders:
+                if not folder.exists():
+                    write_song(np.random.default_rng((seed, *key)), seconds, folder)
+                bar.update()
         add_excerpt(out / "test" / EXCERPT_NAME)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from None

@@ -19,6 +19,7 @@ from local.checkpoint import load_model
 from local.musdb18_tracks import TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path
+from local.tools.progress import Lines, show_progress
 
 
 def load_separator(checkpoint: str | Path) -> nn.Module:
@@ -55,10 +56,9 @@ def separate_targets(
         return name_targets(inference.separate(model, mixture, *settings))
 
 
-def progress_bar(title: str, time: int, rate: int) -> tqdm:
-    """Return a bar that counts samples and shows seconds."""
-    form = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
-    return tqdm(desc=f"{title}: ", total=time, unit_scale=1 / rate, bar_format=form)
+def progress_bar(title: str, time: int, rate: int) -> tqdm | Lines:
+    """Show progress in samples, as seconds; a line stays."""
+    return show_progress(title, time, "s", scale=1 / rate, leave=True)
 
 
 def name_targets(sources: Tensor) -> dict[str, np.ndarray]:

@@ -31,6 +31,7 @@ from local.tools.command_line import (
     raise_together,
 )
 from local.tools.ffmpeg import last_line, need_ffmpeg, run_program
+from local.tools.progress import add_progress_flags, set_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
+        set_progress(args.quiet, args.progress)
         status = run(args)
     raise SystemExit(status)
 
@@ -65,6 +67,7 @@ def make_parser() -> OneLineParser:
     add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")
     add("-d", "--device", help="cpu, cuda, cuda:1, ... [cuda where torch finds a GPU, else cpu]")
     add_method_flags(parser)
+    add_progress_flags(parser)
     add(
         "--stream",
         nargs="?",

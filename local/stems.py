@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm import tqdm
-
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
 
@@ -25,6 +23,7 @@ from local.tools.command_line import (
 )
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.files import atomic_path, is_foreign
+from local.tools.progress import add_progress_flags, set_progress, show_progress
 
 SUFFIX = ".stem.mp4"
 # The audio streams of a file, in their order.
@@ -36,8 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("root", type=Path, help="folder with train/*.stem.mp4 and test/*.stem.mp4")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tracks at a time")
+    add_progress_flags(parser)
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
+        set_progress(args.quiet, args.progress)
         if args.jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
         decoded, kept = decode_tree(args.root, args.out, args.jobs)
@@ -92,7 +93,8 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
     folders = {path: split_folder / track_name(path) for path, split_folder in files.items()}
     missing = {path: folder for path, folder in folders.items() if not folder.exists()}
     faults = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="track") as bar:
+    bar = show_progress("decoded", len(missing), "tracks")
+    with ThreadPoolExecutor(jobs) as pool, bar:
         futures = [pool.submit(decode_track, *item) for item in missing.items()]
         try:
             for future in as_completed(futures):

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from local.eval.bsseval import RATIOS, bss_eval, energies, framewise_sdr
 from local.eval.results import describe_track
@@ -34,6 +33,7 @@ from local.musdb18_tracks import TARGETS
 from local.tools.choices import SCORERS
 from local.tools.command_line import UserError
 from local.tools.museval_guard import import_museval
+from local.tools.progress import report, show_progress
 
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
 # Memory of a scoring process, and more for each second of its track (measured, and rounded up).
@@ -191,7 +191,7 @@ class ScoringPool:
         scored = []
         with (
             self._report_killed_processes(),
-            tqdm(total=len(self.futures), desc="scored", unit="track") as bar,
+            show_progress("scored", len(self.futures), "tracks") as bar,
         ):
             for future in as_completed(self.futures):
                 bar.update()
@@ -204,7 +204,7 @@ class ScoringPool:
         """Count a track as failed, and remove the scores it had."""
         self.failures[track.name] = str(error)
         remove_track(self.out, track.name)
-        tqdm.write(f"{track.name}: not scored: {error}", file=sys.stderr)
+        report(f"{track.name}: not scored: {error}", sys.stderr)
 
     def _report(self, track: TestTrack, future: Future) -> None:
         if future.cancelled():
@@ -213,7 +213,7 @@ class ScoringPool:
             if isinstance(future.exception(), ValueError):
                 self.fail(track, future.exception())
             elif not future.exception():
-                tqdm.write(describe_track(future.result()))
+                report(describe_track(future.result()))
 
     @contextmanager
     def _report_killed_processes(self) -> Iterator[None]:
