@@ -3,14 +3,11 @@
 eval.py and local.separate share it.
 """
 
-import errno
-import os
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,6 +17,7 @@ from local.musdb18_tracks import TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path
 from local.tools.progress import Lines, show_progress
+from local.tools.wav import WavWriter
 
 
 def load_separator(checkpoint: str | Path) -> nn.Module:
@@ -69,25 +67,51 @@ def name_targets(sources: Tensor) -> dict[str, np.ndarray]:
 def save_estimates(
     folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
 ) -> None:
-    """Write target -> (channels, T) as TARGET.wav, all of them or none. Report clipped samples.
+    """Write target -> (channels, T) as TARGET.wav: see `EstimateWriter`."""
+    channels = len(next(iter(estimates.values())))
+    with EstimateWriter(folder, rate, channels, float32) as writer:
+        writer.write(estimates)
+
+
+class EstimateWriter:
+    """Write estimates as FOLDER/TARGET.wav, block by block: all files whole, or none.
+
+    Files have 16 bits a sample; beyond full scale they are clipped, which is reported at the end.
+
+    Args:
+        float32: write 32-bit float samples instead.
 
     Raises:
         OSError: the files cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    clipped = 0
-    with ExitStack() as stack:
+
+    def __init__(self, folder: Path, rate: int, channels: int, float32: bool):
+        self.folder, self.float32 = folder, float32
+        self.form = rate, channels, "FLOAT" if float32 else "PCM_16"
+        self.clipped = 0
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self.files = {}
+            for target in TARGETS:
+                path = stack.enter_context(atomic_path(self.folder / f"{target}.wav"))
+                self.files[target] = stack.enter_context(WavWriter(path, *self.form))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        self.stack.__exit__(*error)
+        if self.clipped and error[0] is None:
+            clipped = plural(self.clipped, "sample")
+            print(f"{self.folder}: {clipped} beyond full scale clipped; see --float32")
+
+    def write(self, estimates: dict[str, np.ndarray]) -> None:
+        """Append target -> (channels, T)."""
         for target, estimate in estimates.items():
-            samples, subtype = estimate.T, "FLOAT"
-            if not float32:
+            samples = estimate.T
+            if not self.float32:
                 scaled = np.rint(samples * 32768.0)
-                samples, subtype = np.clip(scaled, -32768, 32767).astype(np.int16), "PCM_16"
-                clipped += np.count_nonzero(scaled != samples)
-            temporary = stack.enter_context(atomic_path(folder / f"{target}.wav"))
-            try:
-                sf.write(os.fsencode(temporary), samples, rate, subtype, format="WAV")
-            except sf.LibsndfileError as error:
-                reason = f"{error.error_string.rstrip('.')} (is the disk full?)"
-                raise OSError(errno.EIO, reason, str(folder)) from None
-    if clipped:
-        print(f"{folder}: {plural(clipped, 'sample')} beyond full scale clipped; see --float32")
+                samples = np.clip(scaled, -32768, 32767).astype(np.int16)
+                self.clipped += np.count_nonzero(scaled != samples)
+            self.files[target].write(samples)

@@ -8,15 +8,13 @@ come, with a causal model.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
@@ -30,17 +28,11 @@ from local.tools.command_line import (
     plural,
     raise_together,
 )
-from local.tools.ffmpeg import last_line, need_ffmpeg, run_program
-from local.tools.progress import add_progress_flags, set_progress
+from local.tools.ffmpeg import need_ffmpeg
+from local.tools.progress import add_progress_flags, report, set_progress
 
 if TYPE_CHECKING:
-    from torch import nn
-
-# Files of these suffixes in a folder are songs; a file that is named itself may have any other.
-SUFFIXES = frozenset(
-    ".aac .ac3 .aif .aifc .aiff .alac .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3"
-    " .mp4 .mpc .oga .ogg .opus .tta .w64 .wav .webm .wma .wv".split()
-)
+    from torch import Tensor, nn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,123 +144,107 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     """Separate all songs into folders of OUT.
 
     Returns:
-        song -> its fault, of those that could not be separated, or only in part.
+        song, or a folder or link that cannot be read -> its fault; of a song, also where it could
+        be separated in part.
 
     Raises:
-        UserError: two songs would go to the same folder, there is none, or OUT cannot be written.
+        UserError: there is no song, or OUT cannot be written.
     """
-    songs = find_songs(args.songs, args.out)
-    failures, kept = {}, 0
+    from local.songs.find import check_writable, find_songs
+    from local.tools.command_line import brief
+    from local.tools.memory import is_out_of_memory
+
+    songs, failures = find_songs(args.songs, args.out)
+    for path, fault in failures.items():
+        report(f"{path}: {fault}", sys.stderr)
+    check_writable(args.out)
+    kept, unreadable = 0, len(failures)
     for number, (folder, song) in enumerate(songs.items(), start=1):
         title = f"[{number}/{len(songs)}] {song.name}"
         if not args.overwrite and all((folder / f"{name}.wav").is_file() for name in TARGETS):
-            print(f"{title}: is in {folder} already; --overwrite separates it again")
+            report(f"{title}: is in {folder} already; --overwrite separates it again")
             kept += 1
             continue
         try:
             separate_song(model, song, folder, args, title)
-        except UserError as error:
-            failures[song] = str(error)
-            print(f"{title}: {error}", file=sys.stderr)
-    done = len(songs) - kept - len(failures)
+        except Exception as error:
+            if is_out_of_memory(error):
+                failures[song] = f"out of memory: {brief(error)}; {advise_on_memory(args)}"
+            elif isinstance(error, UserError):
+                failures[song] = str(error)
+            else:
+                raise
+            report(f"{title}: {failures[song]}", sys.stderr)
+    done = len(songs) - kept - (len(failures) - unreadable)
     faults = f", {len(failures)} with faults" if failures else ""
-    print(f"{plural(done, 'song')} separated to {args.out}, {kept} there already{faults}")
+    report(f"{plural(done, 'song')} separated to {args.out}, {kept} there already{faults}")
     return failures
-
-
-def find_songs(named: list[Path], out: Path) -> dict[Path, Path]:
-    """Return folder of OUT -> song. Songs in a folder keep their place below it.
-
-    Raises:
-        UserError: two songs would go to the same folder, or there is none.
-    """
-    songs, faults = {}, []
-    for path in named:
-        found = list_songs(path, out) if path.is_dir() else [path]
-        if path.is_dir() and path.resolve().is_relative_to(out.resolve()):
-            faults.append(f"--out: {path} lies in {out}; name another folder to write to")
-        elif not found:
-            faults.append(f"{path}: holds no song")
-        for song in found:
-            below = song.parent.relative_to(path) if path.is_dir() else Path()
-            is_suffixed = song.suffix.lower() in SUFFIXES and song.stem not in (".", "..")
-            name = song.stem if is_suffixed else song.name
-            other = songs.setdefault(out / below / name, song)
-            if other != song:
-                faults.append(f"{song} and {other} would both go to {out / below / name}")
-    raise_together(faults, heading="the songs")
-    return songs
-
-
-def list_songs(folder: Path, out: Path) -> list[Path]:
-    """Return the songs in a folder and below it, except those in OUT."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.resolve().is_relative_to(out.resolve())
-    )
-    songs = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if len(songs) < len(files):
-        others = [path for path in files if path not in songs]
-        print(f"{folder}: {plural(len(others), 'other file')} ignored, first {others[0].name}")
-    return songs
 
 
 def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, title: str) -> None:
     """Write the estimates of a song, with its length, sampling rate and number of channels.
 
     Raises:
-        UserError: the folder cannot be written, or the song cannot be read, or only in part; the
-            part that can be read is separated.
+        UserError: the folder cannot be written, memory is too small, or the song cannot be read, or
+            only in part; the part that can be read is separated.
     """
-    import soxr
-    import torch
+    from local.estimates import EstimateWriter, progress_bar
+    from local.inference import separate_blocks
+    from local.songs.convert import read_mixture, restore
+    from local.songs.read import SongReader
 
-    from local.estimates import save_estimates, separate_targets
-
-    audio, rate, damage = read_song(song)
-    mixture = soxr.resample(audio, rate, model.samplerate, "VHQ")
-    stereo = np.broadcast_to(mixture, (len(mixture), 2))
-    estimates = {}
-    separated = separate_targets(model, torch.from_numpy(stereo.T.copy()), args, title)
-    for target, estimate in separated.items():
-        channels = estimate if audio.shape[1] == 2 else estimate.mean(axis=0, keepdims=True)
-        resampled = soxr.resample(channels.T.copy(), model.samplerate, rate, "VHQ")[: len(audio)]
-        estimates[target] = np.pad(resampled, ((0, len(audio) - len(resampled)), (0, 0))).T
+    reader, rate = SongReader(song), model.samplerate
+    mixture = read_mixture(reader, rate)
+    if args.method == "full":
+        mixture = [read_whole(mixture, model, args, title)]
+    samples = reader.expected and round(reader.expected * rate / reader.rate)
     try:
-        save_estimates(folder, estimates, rate, args.float32)
+        with (
+            progress_bar(title, samples, rate) as bar,
+            EstimateWriter(folder, reader.rate, reader.channels, args.float32) as writer,
+        ):
+            settings = args.method, args.segment, args.overlap, bar.update, args.fast
+            for estimates in restore(separate_blocks(model, mixture, *settings), rate, reader):
+                writer.write(estimates)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
-    if damage:
-        raise UserError(f"damaged; separated what ffmpeg could read: {damage}")
+    if reader.note:
+        report(f"{title}: {reader.note}")
+    if reader.damage:
+        raise UserError(f"damaged; separated what ffmpeg could read: {reader.damage}")
 
 
-def read_song(song: Path) -> tuple[np.ndarray, int, str]:
-    """Read a song with ffmpeg, and mix more than two channels down to two.
-
-    Returns:
-        ((T, 1) or (T, 2) float32 samples, sampling rate, ffmpeg's last error or "").
+def read_whole(blocks: Iterable[Tensor], model: nn.Module, args: Namespace, title: str) -> Tensor:
+    """Read a song for `full`, and say what its separation will need.
 
     Raises:
-        UserError: ffmpeg cannot read it, or it holds no audio, NaN or infinity.
+        UserError: memory is too small.
     """
-    source = ["-i", f"file:{song}"]  # with the protocol, a name may hold colons
-    entries = ["-show_entries", "stream=sample_rate,channels", "-of", "json"]
-    probed = run_program("ffprobe", *source, "-select_streams", "a:0", *entries)
-    header = (json.loads(probed.stdout).get("streams") or [{}])[0]
-    rate, channels = str(header.get("sample_rate")), min(header.get("channels", 0), 2)
-    if not rate.isdecimal() or not int(rate) or not channels:
-        raise UserError("holds no audio")
-    raw = ["-map", "0:a:0", "-ac", str(channels), "-f", "f32le", "-"]
-    decoded = run_program("ffmpeg", "-nostdin", *source, *raw)
-    audio = np.frombuffer(decoded.stdout, np.float32).reshape(-1, channels)
-    if not len(audio):
-        raise UserError("holds no audio")
-    if not np.isfinite(audio).all():
-        raise UserError("holds NaN or infinity")
-    return audio, int(rate), last_line(decoded.stderr)
+    import torch
+
+    from local.needs import separation_bytes
+    from local.tools.memory import free_memory
+
+    mixture = torch.cat(list(blocks), dim=-1)
+    seconds = mixture.shape[-1] / model.samplerate
+    needed, free = separation_bytes(model, seconds, args.method, args.fast), free_memory()
+    memory = f"about {needed / 1e9:.1f} GB of memory for {seconds:.0f} s, {free / 1e9:.1f} GB free"
+    if needed > free:
+        raise UserError(f"--method full needs {memory}; {advise_on_memory(args)}")
+    report(f"{title}: --method full needs {memory}")
+    return mixture
+
+
+def advise_on_memory(args: Namespace) -> str:
+    """Return the flags with which a song that was out of memory may fit."""
+    flags = ["--method overlap-add"] if args.method != "overlap-add" else []
+    if args.method == "overlap-add":
+        flags.append(f"--segment below {args.segment}")
+    if args.fast == "no":
+        flags.append("--fast auto")
+    if args.device != "cpu":
+        flags.append("--device cpu")
+    return f"these need less: {', '.join(flags)}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ FLOORS = (
     ("local.fast",),
     ("local.streaming", "local.inference"),
     ("local.system", "local.estimates", "local.raw_stream"),
-    ("local.train", "local.eval", "local.comparison", "local.demo"),
+    ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
     ("local.separate", "local.compare", "local.demo_musdb18"),
     ("train", "eval"),
 )

@@ -1,0 +1,68 @@
+"""From the rate and channels of a song to those of a model, and back, block by block."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from local.estimates import name_targets
+from local.musdb18_tracks import TARGETS
+from local.songs.read import SongReader
+from local.tools.command_line import UserError
+
+
+def read_mixture(reader: SongReader, rate: int) -> Iterator[Tensor]:
+    """Read a song as stereo blocks (2, T) at `rate` Hz; mono is doubled."""
+    for block in _resample(reader.read_blocks(), reader.rate, rate, reader.channels):
+        yield torch.from_numpy(np.broadcast_to(block, (len(block), 2)).T.copy())
+
+
+def restore(
+    estimates: Iterable[Tensor], rate: int, reader: SongReader
+) -> Iterator[dict[str, np.ndarray]]:
+    """Give the estimates of what `read_mixture` has read the rate, channels and length of the song.
+
+    Shape:
+        - estimates: (C, 2, T) each, at `rate` Hz
+        - output: target -> (channels, T') each
+
+    Raises:
+        UserError: an estimate holds NaN or infinity.
+    """
+    rows, done = (_join_targets(piece, reader.channels) for piece in estimates), 0
+    for block in _resample(rows, rate, reader.rate, len(TARGETS) * reader.channels):
+        block = block[: reader.length - done]
+        done += len(block)
+        yield _split_targets(block)
+    missing = np.zeros((reader.length - done, len(TARGETS) * reader.channels), np.float32)
+    yield _split_targets(missing)  # no more than soxr rounds off
+
+
+def _join_targets(sources: Tensor, channels: int) -> np.ndarray:
+    """(C, 2, T) -> (T, targets * channels)."""
+    estimates = name_targets(sources)
+    for target, estimate in estimates.items():
+        if not np.isfinite(estimate).all():
+            raise UserError(f"the estimate of {target} holds NaN or infinity")
+    if channels == 1:
+        estimates = {name: each.mean(axis=0, keepdims=True) for name, each in estimates.items()}
+    return np.concatenate(list(estimates.values())).T
+
+
+def _split_targets(rows: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(TARGETS, np.split(rows.T, len(TARGETS)), strict=True))
+
+
+def _resample(
+    blocks: Iterable[np.ndarray], rate: int, new_rate: int, channels: int
+) -> Iterator[np.ndarray]:
+    """Resample blocks (T, channels) of float32; joined, they equal the resampled whole."""
+    if rate == new_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="VHQ")
+    for block in blocks:
+        yield stream.resample_chunk(np.ascontiguousarray(block))
+    yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
