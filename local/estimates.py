@@ -93,10 +93,11 @@ class EstimateWriter:
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self.files = {}
-            for target in TARGETS:
-                path = stack.enter_context(atomic_path(self.folder / f"{target}.wav"))
-                self.files[target] = stack.enter_context(WavWriter(path, *self.form))
+            # All files are closed before the first gets its name.
+            places = [self.folder / f"{target}.wav" for target in TARGETS]
+            paths = [stack.enter_context(atomic_path(place)) for place in places]
+            writers = [stack.enter_context(WavWriter(path, *self.form)) for path in paths]
+            self.files = dict(zip(TARGETS, writers, strict=True))
             self.stack = stack.pop_all()
         return self
 

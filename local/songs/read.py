@@ -15,13 +15,12 @@ from local.tools.ffmpeg import last_line, run_program
 BLOCK = 2**16  # samples at a time
 # The duration in the header of these formats is exact. In others, frames are padded at both ends.
 LOSSLESS = re.compile("pcm_.*|flac|alac|tta|wavpack")
-PADDING = 0.1  # seconds
+PADDING = 4000  # samples, at least
 ESTIMATED = "Estimating duration from bitrate"  # says ffprobe where a header has no duration
-# What ffmpeg says of data between or after frames that is none, such as a tag or the header of a
-# second file that was appended. All frames may be there.
-NO_AUDIO = ("Header missing", "Error parsing the packet header")
-# And what it says beside other errors, or of time stamps, which raw samples do not have.
-NO_DAMAGE = ("Error while decoding stream", "non monotonically increasing dts")
+DECODE = ["ffmpeg", "-nostdin", "-loglevel", "error", "-err_detect", "crccheck"]
+# What ffmpeg says of bytes between or after frames that are none, such as tags.
+NO_AUDIO = ("Header missing", "Error parsing the packet header", "Error while decoding stream")
+TIME_STAMPS = "non monotonically increasing dts"  # raw samples have none
 
 
 class SongReader:
@@ -54,7 +53,7 @@ class SongReader:
             raise UserError("holds no audio")
         self.rate, self.length, self.damage, self.note = int(rate), 0, "", ""
         self._silence = round(_find_delay(streams, sound) * self.rate)
-        self._slack = 0.001 if LOSSLESS.fullmatch(sound["codec_name"]) else PADDING
+        self._slack = 0.001 if LOSSLESS.fullmatch(sound["codec_name"]) else PADDING / self.rate
         is_known = "duration" in sound and ESTIMATED not in probed.stderr.decode(errors="replace")
         self._seconds = float(sound["duration"]) if is_known else None
         self.expected = self._silence + round(self._seconds * self.rate) if is_known else None
@@ -74,8 +73,7 @@ class SongReader:
             yield np.zeros((size, self.channels), np.float32)
         # Else ffmpeg mixes channels down without normalising float samples, and they clip.
         mix = ["-ac", str(self.channels), "-rematrix_maxval", "1.0"]
-        command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-err_detect", "crccheck"]
-        command += ["-i", self.source, "-map", "0:a:0", *mix, "-f", "f32le", "-"]
+        command = [*DECODE, "-i", self.source, "-map", "0:a:0", *mix, "-f", "f32le", "-"]
         with (
             tempfile.TemporaryFile() as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
@@ -101,16 +99,24 @@ class SongReader:
             raise UserError(f"ffmpeg cannot read it: {last_line(errors) or f'status {status}'}")
         if self.length == self._silence:
             raise UserError("holds no audio")
-        lines = errors.decode(errors="replace").splitlines()
-        lines = [line for line in lines if not any(words in line for words in NO_DAMAGE)]
-        telling = [line for line in lines if not any(words in line for words in NO_AUDIO)]
         read = (self.length - self._silence) / self.rate
         if self._seconds is not None and read < self._seconds - self._slack:
             self.damage = f"{self._seconds - read:.2f} s of its {self._seconds:.2f} s are missing"
-        elif telling:
-            self.damage = telling[-1]
-        elif lines and self._seconds is None:
+            return
+        if self._seconds is not None and errors:  # those after the sound do not matter
+            errors = self._find_errors(self._seconds - self._slack)
+        lines = errors.decode(errors="replace").splitlines()
+        lines = [line for line in lines if TIME_STAMPS not in line]
+        telling = [line for line in lines if not any(words in line for words in NO_AUDIO)]
+        if telling or (lines and self._seconds is not None):
+            self.damage = (telling or lines)[-1]
+        elif lines:
             self.note = "holds bytes that are no audio, which ffmpeg skipped"
+
+    def _find_errors(self, seconds: float) -> bytes:
+        """Return what ffmpeg says of the first seconds alone."""
+        command = [*DECODE, "-t", f"{seconds:.6f}", "-i", self.source, "-map", "0:a:0"]
+        return subprocess.run([*command, "-f", "null", "-"], capture_output=True).stderr
 
 
 def _find_delay(streams: list[dict], sound: dict) -> float:
