@@ -24,11 +24,14 @@ from local.tools.choices import add_method_flags
 from local.tools.command_line import (
     OneLineParser,
     UserError,
+    brief,
+    cleaning_up_on_sigterm,
     clear_errors,
     plural,
     raise_together,
 )
 from local.tools.ffmpeg import need_ffmpeg
+from local.tools.memory import free_memory, is_out_of_memory
 from local.tools.progress import add_progress_flags, report, set_progress
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    with clear_errors(parser.prog):
+    with clear_errors(parser.prog), cleaning_up_on_sigterm():
         args = parser.parse_args(argv)
         set_progress(args.quiet, args.progress)
         status = run(args)
@@ -151,8 +154,6 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
         UserError: there is no song, or OUT cannot be written.
     """
     from local.songs.find import check_writable, find_songs
-    from local.tools.command_line import brief
-    from local.tools.memory import is_out_of_memory
 
     songs, failures = find_songs(args.songs, args.out)
     for path, fault in failures.items():
@@ -207,6 +208,8 @@ def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, t
             for estimates in restore(separate_blocks(model, mixture, *settings), rate, reader):
                 writer.write(estimates)
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
     if reader.note:
         report(f"{title}: {reader.note}")
@@ -223,7 +226,6 @@ def read_whole(blocks: Iterable[Tensor], model: nn.Module, args: Namespace, titl
     import torch
 
     from local.needs import separation_bytes
-    from local.tools.memory import free_memory
 
     mixture = torch.cat(list(blocks), dim=-1)
     seconds = mixture.shape[-1] / model.samplerate

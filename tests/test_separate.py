@@ -250,6 +250,23 @@ def test_both_files_are_replaced_or_none(flags, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_song_leaves_no_file(number, flags, tmp_path):
+    song = tmp_path / "song.flac"
+    tone = ["-f", "lavfi", "-i", "sine=440:r=44100", "-t", "3000"]
+    subprocess.run(["ffmpeg", "-loglevel", "error", *tone, "-ac", "2", str(song)], check=True)
+    words = ("-m", "local.separate", song, *flags)
+    process = start_python(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list((tmp_path / "out").rglob(".vocals.wav.tmp")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
 def test_a_disk_that_is_full(flags, tmp_path, monkeypatch, capsys):
     write_song(tmp_path / "song.wav")
 
@@ -334,7 +351,7 @@ def test_full_says_what_memory_it_needs_and_is_not_tried_without(
     write_song(tmp_path / "song.wav")
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full") == 0
     assert "--method full needs about 0.1 GB of memory for 1 s" in capsys.readouterr().out
-    monkeypatch.setattr("local.tools.memory.free_memory", lambda: 10_000_000)
+    monkeypatch.setattr(command, "free_memory", lambda: 10_000_000)
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full", "--overwrite") == 1
     error = capsys.readouterr().err
     assert "--method full needs about 0.1 GB" in error and "--method overlap-add" in error

@@ -53,7 +53,9 @@ class SongReader:
             raise UserError("holds no audio")
         self.rate, self.length, self.damage, self.note = int(rate), 0, "", ""
         self._silence = round(_find_delay(streams, sound) * self.rate)
-        self._slack = 0.001 if LOSSLESS.fullmatch(sound["codec_name"]) else PADDING / self.rate
+        self._slack = (
+            0.001 if LOSSLESS.fullmatch(sound.get("codec_name", "")) else PADDING / self.rate
+        )
         is_known = "duration" in sound and ESTIMATED not in probed.stderr.decode(errors="replace")
         self._seconds = float(sound["duration"]) if is_known else None
         self.expected = self._silence + round(self._seconds * self.rate) if is_known else None

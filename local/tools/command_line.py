@@ -4,6 +4,7 @@ import argparse
 import difflib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,16 @@ def clear_errors(command: str) -> Iterator[None]:
         message = str(error).rpartition("DatasetError: ")[2].strip()
         print(f"{command}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def cleaning_up_on_sigterm() -> Iterator[None]:
+    """End by SystemExit on SIGTERM, so that unfinished files are removed."""
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def raise_together(faults: list[str], heading: str = "") -> None:
