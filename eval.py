@@ -56,6 +56,11 @@ def make_parser() -> OneLineParser:
     add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
     add(
+        "--float_references",
+        action="store_true",
+        help="read the test set as it is, not on the grid of 16 bits as musdb does",
+    )
+    add(
         "--scorer",
         choices=SCORERS,
         default=SCORERS[0],
@@ -125,7 +130,7 @@ def separate_and_score(
     from local.eval.scoring import ScoringPool, choose_jobs
 
     jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count)
-    with ScoringPool(out, jobs, args.scorer, ranks.rank) as pool:
+    with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank) as pool:
         for number, (track, record) in enumerate(records.items(), start=1):
             title = f"[{number}/{len(records)}] {track.name}"
             try:
@@ -155,7 +160,7 @@ def separate_track(
     from local.estimates import separate_targets
     from local.eval.tracks import read_mixture
 
-    mixture = torch.from_numpy(read_mixture(track))
+    mixture = torch.from_numpy(read_mixture(track, args.float_references))
     estimates = separate_targets(model, mixture, args, title)
     for target, estimate in estimates.items():
         if not np.isfinite(estimate).all():

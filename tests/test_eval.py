@@ -176,7 +176,8 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
     for out, root in {"packed": excerpts, "unpacked": tmp_path / "wav"}.items():
         evaluate("--exp_dir", tmp_path / "run", "--out_dir", out, "--root", root)
     packed, unpacked = (tmp_path / "run" / out for out in ("packed", "unpacked"))
-    assert (packed / "results.txt").read_text() == (unpacked / "results.txt").read_text()
+    texts = [(out / "results.txt").read_text() for out in (packed, unpacked)]
+    assert texts[0].partition("\nSamples beyond full scale")[0] == texts[1]  # before decoding
     (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
     assert sf.info(song / "vocals.wav").samplerate == 44100
     text = compare([packed, unpacked], tmp_path / "compared")
@@ -256,6 +257,33 @@ def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, ca
     torch.save({**content, "epoch": 9}, tmp_path / "other.pth")
     evaluate("--exp_dir", out.parent, "--out_dir", copy, "--checkpoint", tmp_path / "other.pth")
     assert "2 tracks to score again, made with another checkpoint" in capsys.readouterr().out
+
+
+def test_a_test_set_beyond_full_scale(experiment, own_corpus, tmp_path, capsys):
+    """It is clipped, as musdb does, and listed; or read as it is, and scored again for that."""
+    for path in (own_corpus / "test").rglob("*.wav"):
+        audio, _ = sf.read(path, dtype="float32")
+        if path.parent.name == TEST_NAMES[0]:
+            audio *= 2.5 / np.abs(audio).max()
+        sf.write(path, audio, RATE, "FLOAT")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    listed = rf"--float_references.*\n  {TEST_NAMES[0]}: bass \d+, [^\n]*vocals \d+\n\Z"
+    for _ in range(2):  # the second time, from the records
+        evaluate(*flags)
+        assert re.search(listed, (tmp_path / "out" / "results.txt").read_text(), re.DOTALL)
+    clipped = contents(tmp_path / "out" / "test")
+
+    evaluate(*flags, "--float_references", "--float32")
+    printed = capsys.readouterr().out
+    assert "2 tracks to score again, made with float_references False, not True: " in printed
+    assert "--float_references" not in (tmp_path / "out" / "results.txt").read_text()
+    scores = f"{TEST_NAMES[0]}.json"
+    assert contents(tmp_path / "out" / "test")[scores] != clipped[scores]
+    model = load_model(experiment / "best_model.pth")
+    audio, _ = sf.read(own_corpus / "test" / TEST_NAMES[0] / "mixture.wav", dtype="float32")
+    saved, _ = sf.read(tmp_path / "out" / TEST_NAMES[0] / "vocals.wav", dtype="float32")
+    expected = separate(model, torch.from_numpy(audio.T.copy()))[0].T
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
 
 
 def test_replaced_files_are_scored_again(experiment, own_corpus, tmp_path, capsys):

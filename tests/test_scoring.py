@@ -27,7 +27,7 @@ from local.tools.command_line import UserError
 
 def make_estimates(track, seed=0) -> np.ndarray:
     """(2, 2, T) float32, the targets with some noise."""
-    audio = read_track(track)
+    audio, _ = read_track(track)
     rng = np.random.default_rng(seed)
     estimates = [0.7 * audio[t] + rng.normal(0, 0.01, audio[t].shape) for t in TARGETS]
     return np.stack(estimates).astype(np.float32)
@@ -79,7 +79,7 @@ def test_sdr_of_the_mixture_and_of_whole_tracks(corpus):
     import museval
 
     track, _ = open_test_set(corpus, RATE, "wav")
-    audio, estimates = read_track(track), make_estimates(track)
+    (audio, _), estimates = read_track(track), make_estimates(track)
     _, extras = score_track(track, estimates)
     references = np.stack([audio[target].T for target in TARGETS])
     untouched = np.stack([audio["mixture"].T for _ in TARGETS])

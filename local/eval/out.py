@@ -102,6 +102,7 @@ def describe_settings(args: Namespace, model: nn.Module) -> dict:
         "method": args.method,
         **(segments if args.method == "overlap-add" else {}),
         "scorer": args.scorer,
+        "float_references": args.float_references,
     }
 
 

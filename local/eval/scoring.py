@@ -46,11 +46,17 @@ USDR_SAMPLES = 2**16  # at a time
 IMPORTS = ["museval", "scipy.fft", "soundfile"]
 
 
-def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0]) -> tuple:
+def score_track(
+    track: TestTrack,
+    estimates: np.ndarray,
+    scorer: str = SCORERS[0],
+    float_references: bool = False,
+) -> tuple:
     """Score the estimates of a track.
 
     Args:
         scorer: "bsseval", or "museval" for museval's own code, which gives the same numbers.
+        float_references: read the track as it is, instead of on the grid of 16 bits.
 
     Shape:
         - estimates: (2, 2, T): vocals and accompaniment, their channels, time
@@ -62,7 +68,7 @@ def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0
         ValueError: the track cannot be read, has another length than the estimates, or a source
             or an estimate is silent throughout.
     """
-    audio = read_track(track)
+    audio, clipped = read_track(track, float_references)
     references = np.stack([audio[target].T for target in TARGETS])
     mixture = np.broadcast_to(audio["mixture"].T, references.shape)
     estimates = np.ascontiguousarray(estimates.transpose(0, 2, 1))
@@ -73,6 +79,7 @@ def score_track(track: TestTrack, estimates: np.ndarray, scorer: str = SCORERS[0
     scores = _score(references, estimates, track.rate, scorer)
     mixture_sdr = framewise_sdr(references, mixture, track.rate, track.rate)
     extras = {
+        "clipped": clipped,
         "frames": mixture_sdr.shape[1],
         "mixture_SDR": dict(zip(TARGETS, map(summarise, mixture_sdr), strict=True)),
         "uSDR": whole_track_sdr(references, estimates),
@@ -109,17 +116,20 @@ def whole_track_sdr(references: np.ndarray, estimates: np.ndarray) -> dict[str, 
     return dict(zip(TARGETS, sdr.tolist(), strict=True))
 
 
-def score_file(out: Path, track: TestTrack, file: Path, scorer: str, record: dict) -> ScoredTrack:
+def score_file(
+    out: Path, track: TestTrack, file: Path, settings: tuple, record: dict
+) -> ScoredTrack:
     """Score the estimates in a .npy file, save the scores, remove the file.
 
     Args:
+        settings: scorer and float_references: see `score_track`.
         record: what made the estimates: see `score_files.save_track`.
 
     Raises:
         ValueError: see `score_track`.
     """
     try:
-        store, extras = score_track(track, np.load(file, mmap_mode="r"), scorer)
+        store, extras = score_track(track, np.load(file, mmap_mode="r"), *settings)
     finally:
         file.unlink()
     save_track(out, store, {**record, **extras})
@@ -134,11 +144,14 @@ class ScoringPool:
 
     Args:
         jobs: tracks scored at a time.
+        scorer, float_references: see `score_track`.
         rank: of the caller, where several ranks share OUT.
     """
 
-    def __init__(self, out: Path, jobs: int, scorer: str, rank: int = 0):
-        self.out, self.scorer = out, scorer
+    def __init__(
+        self, out: Path, jobs: int, scorer: str, float_references: bool = False, rank: int = 0
+    ):
+        self.out, self.settings = out, (scorer, float_references)
         self.folder = out / f"{ESTIMATES}.{rank}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
@@ -174,7 +187,7 @@ class ScoringPool:
             reason = f"{error} (is the disk full?)"
             raise OSError(errno.EIO, reason, str(self.folder)) from None
         with self._report_killed_processes(), _delayed_interrupts():
-            future = self.processes.submit(score_file, self.out, track, file, self.scorer, record)
+            future = self.processes.submit(score_file, self.out, track, file, self.settings, record)
         future.add_done_callback(partial(self._report, track))
         self.futures.append(future)
 
