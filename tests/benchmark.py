@@ -812,7 +812,7 @@ def measure_scorer(folder: Path, scorer: str) -> dict:
 def pool_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:
     import numpy as np
 
-    from local.eval.scoring import ScoringPool
+    from local.eval.pool import ScoringPool
     from local.eval.tracks import open_test_set, read_track
     from local.musdb18_tracks import TARGETS
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("local.tasnet", "local.musdb18_tracks", "local.stems"),
     ("local.models", "local.musdb18_dataset", "local.config", "local.checkpoint"),
     ("local.fast",),
-    ("local.streaming", "local.inference"),
+    ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates", "local.raw_stream"),
     ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
     ("local.separate", "local.compare", "local.demo_musdb18"),
