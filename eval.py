@@ -150,7 +150,7 @@ def separate_and_score(
                 pool.submit(track, estimates, record)
             except Exception as error:
                 if is_out_of_memory(error):
-                    pool.fail(track, f"out of memory: {brief(error)}; {advise_on_memory(args)}")
+                    pool.fail(track, f"out of memory: {brief(error)}{advise_on_memory(args)}")
                 elif isinstance(error, ValueError):
                     pool.fail(track, str(error))
                 else:

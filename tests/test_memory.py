@@ -28,6 +28,8 @@ def allocate(make) -> Exception:
         (RuntimeError("std::bad_alloc"), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (ImportError("libx.so: failed to map segment: Cannot allocate memory"), True),
+        (ImportError("libx.so: failed to map segment from shared object"), True),
+        (ImportError("libx.so: failed to map segment from shared object: Operation no"), False),
         (ImportError("libx.so: cannot allocate memory in static TLS block"), False),
         (OSError(errno.ENOSPC, "out of memory"), False),
         (ValueError("out of memory"), False),

@@ -165,8 +165,7 @@ GB = 10**9
 
 def limit_memory(monkeypatch, free: float) -> None:
     """As the limit of a container does."""
-    for name in ("free_memory", "shared_memory"):
-        monkeypatch.setattr(f"local.eval.pool.{name}", lambda: free)
+    monkeypatch.setattr("local.eval.pool.shared_memory", lambda: free)
 
 
 def test_a_track_is_refused_where_its_separation_or_scoring_does_not_fit(

@@ -69,19 +69,17 @@ def choose_device(use_gpu: int, ranks: Ranks) -> torch.device:
 
 
 def advise_on_memory(args: Namespace) -> str:
-    """Return the flags with which a track that was out of memory may fit."""
-    flags = ["--jobs 1"] if args.jobs != 1 else []
-    if args.scorer == "museval":
-        flags.append("--scorer bsseval")
+    """Return the flags with which the separation of a track needs less memory, if any."""
+    flags = []
     if args.method == "full":
-        flags.append("--method overlap-add or stream")
+        flags.append("--method overlap-add")
     if args.method == "overlap-add":
         flags.append(f"--segment below {args.segment}")
     if args.fast == "no":
         flags.append("--fast auto")
     if args.use_gpu:
         flags.append("--use_gpu 0")
-    return f"these need less: {', '.join(flags)}"
+    return f"; these need less: {', '.join(flags)}" if flags else ""
 
 
 def describe_evaluation(args: Namespace, model: nn.Module, tracks: int) -> str:

@@ -22,7 +22,7 @@ from local.eval.scoring import score_file
 from local.eval.tracks import TestTrack
 from local.musdb18_tracks import TARGETS
 from local.tools.command_line import brief, plural
-from local.tools.memory import free_memory, is_out_of_memory, shared_memory
+from local.tools.memory import is_out_of_memory, shared_memory
 from local.tools.progress import report, show_progress
 
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
@@ -130,6 +130,9 @@ class ScoringPool:
     def wait_for_memory(self, track: TestTrack, separation: float) -> None:
         """Wait, while other tracks are scored, until there is memory to separate and score a track.
 
+        Where there is not enough, the kernel might kill this process for it. What `ulimit` allows
+        does not count here: an error tells where that is not enough.
+
         Args:
             separation: bytes that the separation needs.
 
@@ -138,12 +141,10 @@ class ScoringPool:
             ValueError: there is not enough to score it.
         """
         scoring = scoring_bytes(track.seconds, self.settings[0])
-        while self.waiting and (
-            free_memory() - self._reserved() < separation
-            or shared_memory() - self._reserved() < scoring
-        ):
+        needed = max(separation, scoring)
+        while self.waiting and shared_memory() - self._reserved() < needed:
             self._collect()
-        if lack := describe_lack("separation", separation, free_memory()):
+        if lack := describe_lack("separation", separation, shared_memory()):
             raise MemoryError(lack)
         if lack := describe_lack("scoring", scoring, shared_memory()):
             raise ValueError(f"{lack}{self._advice()}")

@@ -20,10 +20,10 @@ CGROUP_FILES = {
         ("total_inactive_file", "total_active_file"),
     ),
 }
-# By torch, cuBLAS and cuDNN, C++, and the C library.
+# By torch, cuBLAS and cuDNN, C++, the C library, and its loader.
 MESSAGES = re.compile(
     "out of memory|not enough memory|can't allocate memory|Cannot allocate memory|ALLOC_FAILED"
-    "|bad_alloc"
+    "|bad_alloc|failed to map segment from shared object$"
 )
 
 
