@@ -157,6 +157,17 @@ def test_files_that_change_are_noticed(own_corpus, excerpts):
     assert list(describe_files(packed)) == [packed.path.name]
 
 
+def test_a_packed_track_that_goes_is_found_where_it_is_read(excerpts, tmp_path):
+    root = shutil.copytree(excerpts, tmp_path / "root", copy_function=shutil.copyfile)
+    (track,) = open_test_set(root, 44100, "wav")
+    before = track.seconds
+    root.joinpath("test").chmod(0o755)
+    track.path.unlink()
+    assert track.seconds == before  # by which memory and the order of tracks are chosen
+    with pytest.raises(UserError, match="cannot be decoded"):
+        read_mixture(track)
+
+
 def test_packed_tracks_with_unfit_names_are_refused(excerpts, tmp_path):
     (file,) = (excerpts / "test").iterdir()
     (tmp_path / "test").mkdir()

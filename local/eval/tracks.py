@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class PackedTrack:
     def name(self) -> str:
         return track_name(self.path)
 
-    @property
+    @cached_property  # the file may go during a run, which is found where it is read
     def seconds(self) -> float:
         """Estimate the duration from the size of the file."""
         return self.path.stat().st_size / PACKED_BYTES
