@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from local.eval.processes import delayed_interrupts, make_processes
 from local.eval.results import describe_track
@@ -175,9 +176,14 @@ class ScoringPool:
         report(f"{track.name}: not scored: {reason}", sys.stderr)
 
     def _reserved(self) -> float:
-        """Return what the tracks that are scored now may need; they may have taken it already."""
+        """Return the bytes that the tracks that are scored now may still take."""
         running = islice(self.waiting.values(), self.jobs)
-        return sum(scoring_bytes(task.track.seconds, self.settings[0]) for task in running)
+        needed = sum(scoring_bytes(task.track.seconds, self.settings[0]) for task in running)
+        taken = 0
+        for process in multiprocessing.active_children():
+            with suppress(psutil.Error):  # it may have ended
+                taken += psutil.Process(process.pid).memory_info().rss
+        return max(0, needed - taken)
 
     def _queue(self, task: Task) -> None:
         with delayed_interrupts():
