@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from local.tools.choices import SCORERS, SUFFIXES, add_method_flags
-from local.tools.command_line import OneLineParser, clear_errors
+from local.tools.command_line import OneLineParser, brief, clear_errors
 from local.tools.progress import add_progress_flags, set_progress
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait for
@@ -55,6 +55,11 @@ def make_parser() -> OneLineParser:
     add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
     add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
+    add(
+        "--float_references",
+        action="store_true",
+        help="read the test set as it is, not on the grid of 16 bits as musdb does",
+    )
     add(
         "--scorer",
         choices=SCORERS,
@@ -121,23 +126,35 @@ def separate_and_score(
         (the scored tracks, track -> why it has no scores).
     """
     from local.estimates import save_estimates
+    from local.eval.flags import advise_on_memory
+    from local.eval.pool import ScoringPool, choose_jobs
     from local.eval.score_files import remove_track
-    from local.eval.scoring import ScoringPool, choose_jobs
+    from local.needs import separation_bytes
+    from local.tools.memory import is_out_of_memory
 
-    jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count)
-    with ScoringPool(out, jobs, args.scorer, ranks.rank) as pool:
+    needs = {
+        track: separation_bytes(model, track.seconds, args.method, args.fast) for track in records
+    }
+    most = max(needs.values(), default=0)
+    jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count, most)
+    with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank) as pool:
         for number, (track, record) in enumerate(records.items(), start=1):
             title = f"[{number}/{len(records)}] {track.name}"
             try:
+                pool.wait_for_memory(track, needs[track])
                 estimates = separate_track(track, model, args, title)
-            except ValueError as error:
-                pool.fail(track, error)
-                continue
-            # If the run stops here, no old scores may stay beside new audio.
-            remove_track(out, track.name)
-            if record["saved"]:
-                save_estimates(out / track.name, estimates, track.rate, args.float32)
-            pool.submit(track, estimates, record)
+                # If the run stops here, no old scores may stay beside new audio.
+                remove_track(out, track.name)
+                if record["saved"]:
+                    save_estimates(out / track.name, estimates, track.rate, args.float32)
+                pool.submit(track, estimates, record)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    pool.fail(track, f"out of memory: {brief(error)}{advise_on_memory(args)}")
+                elif isinstance(error, ValueError):
+                    pool.fail(track, str(error))
+                else:
+                    raise
         return pool.finish()
 
 
@@ -155,7 +172,7 @@ def separate_track(
     from local.estimates import separate_targets
     from local.eval.tracks import read_mixture
 
-    mixture = torch.from_numpy(read_mixture(track))
+    mixture = torch.from_numpy(read_mixture(track, args.float_references))
     estimates = separate_targets(model, mixture, args, title)
     for target, estimate in estimates.items():
         if not np.isfinite(estimate).all():

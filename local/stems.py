@@ -112,8 +112,13 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
     return len(missing), len(folders) - len(missing)
 
 
-def decode_track(stem_file: Path, folder: Path, names: Sequence[str] = STREAMS) -> None:
-    """Write the streams of a file as 16-bit wav. `folder` appears when all are written.
+def decode_track(
+    stem_file: Path, folder: Path, names: Sequence[str] = STREAMS, codec: str = "pcm_s16le"
+) -> None:
+    """Write the streams of a file as wav. `folder` appears when all are written.
+
+    Args:
+        codec: ffmpeg's name of the format of the samples, 16 bit by default.
 
     Raises:
         UserError: the file cannot be decoded, or the folder cannot be written.
@@ -124,7 +129,7 @@ def decode_track(stem_file: Path, folder: Path, names: Sequence[str] = STREAMS) 
             command = ["ffmpeg", "-nostdin", "-xerror", "-loglevel", "error", "-i", stem_file]
             for name in names:
                 stream = f"0:a:{STREAMS.index(name)}"
-                command += ["-map", stream, "-c:a", "pcm_s16le", temporary / f"{name}.wav"]
+                command += ["-map", stream, "-c:a", codec, temporary / f"{name}.wav"]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 reason = (result.stderr.strip().splitlines() or ["ffmpeg failed"])[-1]

@@ -812,14 +812,14 @@ def measure_scorer(folder: Path, scorer: str) -> dict:
 def pool_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:
     import numpy as np
 
-    from local.eval.scoring import ScoringPool
+    from local.eval.pool import ScoringPool
     from local.eval.tracks import open_test_set, read_track
     from local.musdb18_tracks import TARGETS
 
     write_noise(folder, "test", args.tracks, max(args.lengths))
     (folder / "out" / "test").mkdir(parents=True)
     tracks = open_test_set(folder, RATE, "wav")
-    audio = read_track(tracks[0])
+    audio, _ = read_track(tracks[0])
     # As with a model's, nothing is silent; that they belong to one track alone costs nothing.
     estimates = {target: np.float32(0.7) * audio[target] for target in TARGETS}
     for jobs in dict.fromkeys((1, args.jobs)):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from conftest import (
     write_track,
 )
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from test_memory import V2_MOUNT, v2, write_files
 
 import eval as evaluation
 import train
@@ -39,7 +41,9 @@ from local import __version__, stems
 from local.checkpoint import load_model
 from local.compare import compare
 from local.estimates import save_estimates
+from local.eval.flags import advise_on_memory
 from local.eval.out import make_out
+from local.eval.pool import scoring_bytes
 from local.eval.tracks import PackedTrack
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -176,7 +180,8 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
     for out, root in {"packed": excerpts, "unpacked": tmp_path / "wav"}.items():
         evaluate("--exp_dir", tmp_path / "run", "--out_dir", out, "--root", root)
     packed, unpacked = (tmp_path / "run" / out for out in ("packed", "unpacked"))
-    assert (packed / "results.txt").read_text() == (unpacked / "results.txt").read_text()
+    texts = [(out / "results.txt").read_text() for out in (packed, unpacked)]
+    assert texts[0].partition("\nSamples beyond full scale")[0] == texts[1]  # before decoding
     (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
     assert sf.info(song / "vocals.wav").samplerate == 44100
     text = compare([packed, unpacked], tmp_path / "compared")
@@ -256,6 +261,33 @@ def test_another_checkpoint_or_a_missing_file_scores_again(results, tmp_path, ca
     torch.save({**content, "epoch": 9}, tmp_path / "other.pth")
     evaluate("--exp_dir", out.parent, "--out_dir", copy, "--checkpoint", tmp_path / "other.pth")
     assert "2 tracks to score again, made with another checkpoint" in capsys.readouterr().out
+
+
+def test_a_test_set_beyond_full_scale(experiment, own_corpus, tmp_path, capsys):
+    """It is clipped, as musdb does, and listed; or read as it is, and scored again for that."""
+    for path in (own_corpus / "test").rglob("*.wav"):
+        audio, _ = sf.read(path, dtype="float32")
+        if path.parent.name == TEST_NAMES[0]:
+            audio *= 2.5 / np.abs(audio).max()
+        sf.write(path, audio, RATE, "FLOAT")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", own_corpus]
+    listed = rf"--float_references.*\n  {TEST_NAMES[0]}: bass \d+, [^\n]*vocals \d+\n\Z"
+    for _ in range(2):  # the second time, from the records
+        evaluate(*flags)
+        assert re.search(listed, (tmp_path / "out" / "results.txt").read_text(), re.DOTALL)
+    clipped = contents(tmp_path / "out" / "test")
+
+    evaluate(*flags, "--float_references", "--float32")
+    printed = capsys.readouterr().out
+    assert "2 tracks to score again, made with float_references False, not True: " in printed
+    assert "--float_references" not in (tmp_path / "out" / "results.txt").read_text()
+    scores = f"{TEST_NAMES[0]}.json"
+    assert contents(tmp_path / "out" / "test")[scores] != clipped[scores]
+    model = load_model(experiment / "best_model.pth")
+    audio, _ = sf.read(own_corpus / "test" / TEST_NAMES[0] / "mixture.wav", dtype="float32")
+    saved, _ = sf.read(tmp_path / "out" / TEST_NAMES[0] / "vocals.wav", dtype="float32")
+    expected = separate(model, torch.from_numpy(audio.T.copy()))[0].T
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
 
 
 def test_replaced_files_are_scored_again(experiment, own_corpus, tmp_path, capsys):
@@ -399,6 +431,116 @@ def test_ctrl_c_ends_the_run_and_its_scoring_processes(experiment, long_corpus, 
     check_that_all_end(process.pid)
     assert not (out / "results.txt").exists()
     assert not any(out.glob(".estimates*"))
+
+
+# Memory
+
+
+def check_that_only_the_longest_failed(out: Path, printed: str) -> None:
+    assert f"Not scored: 1 of 3 tracks\n  Long: {printed}" in (out / "results.txt").read_text()
+    assert {path.stem for path in (out / "test").iterdir()} == {"A", "B"}
+    assert not any(out.glob(".estimates*"))
+
+
+@pytest.fixture
+def uneven_corpus(tmp_path) -> Path:
+    for number, (name, seconds) in enumerate({"A": 2, "Long": 60, "B": 2}.items()):
+        write_track(tmp_path / "uneven" / "test" / name, seconds, seed=number)
+    return tmp_path / "uneven"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_a_track_that_is_out_of_memory_costs_itself_only(
+    error, experiment, uneven_corpus, tmp_path, monkeypatch
+):
+    def separate_short(model, mixture, *settings):
+        if mixture.shape[-1] > 10 * RATE:
+            raise error
+        return separate(model, mixture, *settings)
+
+    monkeypatch.setattr("local.inference.separate", separate_short)
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", uneven_corpus]
+    for _ in range(2):  # the second time, the others are kept
+        with pytest.raises(SystemExit) as exit_:
+            evaluate(*flags, "--segment", 3)
+        assert exit_.value.code == 1
+        reason = f"out of memory: {str(error) or 'MemoryError'}; these need less: --segment below 3"
+        check_that_only_the_longest_failed(tmp_path / "out", reason)
+
+
+def test_the_flags_that_need_less_memory():
+    known = {"method": "overlap-add", "segment": 6.0, "fast": "auto", "use_gpu": 0}
+    for flags, advice in {
+        (): "; these need less: --segment below 6.0",
+        (("method", "full"),): "; these need less: --method overlap-add",
+        (("method", "full"), ("fast", "no"), ("use_gpu", 1)): (
+            "; these need less: --method overlap-add, --fast auto, --use_gpu 0"
+        ),
+        (("method", "stream"),): "",
+    }.items():
+        assert advise_on_memory(Namespace(**{**known, **dict(flags)})) == advice
+
+
+def test_under_a_limit_of_the_shell(experiment, uneven_corpus, tmp_path):
+    """As by `ulimit -v`, set for the separation alone, since imports take more."""
+    script = tmp_path / "limited.py"
+    script.write_text(f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import psutil
+from local import inference
+import eval as evaluation
+separate = inference.separate
+def limited(*args):
+    least = psutil.Process().memory_info().vms + 4_000_000  # the estimates of 60 s take 7.7 MB
+    resource.setrlimit(resource.RLIMIT_AS, (least, resource.RLIM_INFINITY))
+    try:
+        return separate(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+inference.separate = limited
+if __name__ == "__main__":
+    evaluation.main(sys.argv[1:])
+""")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", uneven_corpus]
+    result = run_python(script, *flags, "--segment", 0.5, own_process=True)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    check_that_only_the_longest_failed(tmp_path / "out", "out of memory: ")
+
+
+def test_a_limit_of_a_container_is_known_before(
+    experiment, uneven_corpus, tmp_path, monkeypatch, capsys
+):
+    """Where the kernel would kill the run, a track is listed without being tried."""
+
+    def separate_short(model, mixture, *settings):
+        assert mixture.shape[-1] < 10 * RATE
+        return separate(model, mixture, *settings)
+
+    monkeypatch.setattr("local.inference.separate", separate_short)
+    needed = scoring_bytes(30, "bsseval")
+    cgroup = v2("/job", limit=int(needed) + 300, used=400, cache=100)
+    place = {"proc/self/mountinfo": V2_MOUNT.format(top="/"), "proc/self/cgroup": "0::/job"}
+    write_files(tmp_path / "root", {**place, **cgroup})
+    monkeypatch.setattr("local.tools.memory.ROOT", tmp_path / "root")
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out", "--root", uneven_corpus]
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(*flags)
+    assert exit_.value.code == 1
+    reason = "its scoring needs about 0.57 GB of memory, and 0.51 are free"
+    check_that_only_the_longest_failed(tmp_path / "out", reason)
+    assert f"Long: not scored: {reason}" in capsys.readouterr().err
+
+
+def test_out_of_memory_before_the_first_track(experiment, tmp_path, error_of, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+
+    monkeypatch.setattr("local.estimates.load_model", fail)
+    flags = ["--exp_dir", experiment, "--out_dir", tmp_path / "out"]
+    error = error_of(evaluation.main, *flags)
+    assert error == "eval.py: error: out of memory: CUDA out of memory. Tried to allocate 2 MiB\n"
 
 
 # Several processes

@@ -34,6 +34,16 @@ def test_the_tables_show_the_gain_over_the_mixture_and_missing_frames(scored):
         assert len({len(line) for line in table}) == 1
 
 
+def test_clipped_files_are_named(tmp_path):
+    clipped = {0: {}, 1: {"mixture": 5, "bass": 2}}
+    scored = [save(tmp_path, f"Track {seed}", clipped=found) for seed, found in clipped.items()]
+    text = write_results(tmp_path, scored, {})
+    assert "--float_references" in text
+    assert "\n  Track 1: bass 2, mixture 5\n" in text
+    for unclipped in (scored[:1], [save(tmp_path, "of an earlier version")]):
+        assert "--float_references" not in write_results(tmp_path, unclipped, {})
+
+
 @pytest.mark.smoke
 def test_written_results_are_read_by_museval(scored, tmp_path):
     import museval

@@ -141,6 +141,8 @@ def made_with(**settings) -> dict:
         (made_with(checkpoint="1" * 64), "made with another checkpoint"),
         (made_with(method="stream"), "made with method full, not stream"),
         (made_with(segment=3.0), "made with segment None, not 3.0"),
+        (made_with(float_references=False), ""),  # as in earlier versions, which had no such flag
+        (made_with(float_references=True), "made with float_references False, not True"),
         ({"files": {"mixture.wav": [1, 3]}}, "its files have changed"),
         ({"saved": "PCM_16"}, "not saved as PCM_16"),
     ],

@@ -11,9 +11,9 @@ from torch import nn
 
 from local import __version__
 from local.checkpoint import find_weights
+from local.eval.pool import remove_estimates
 from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
-from local.eval.scoring import remove_estimates
 from local.eval.tracks import TestTrack, describe_files, list_files
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.files import LONGEST_NAME, is_failed_access, locked, sha256
@@ -102,6 +102,7 @@ def describe_settings(args: Namespace, model: nn.Module) -> dict:
         "method": args.method,
         **(segments if args.method == "overlap-add" else {}),
         "scorer": args.scorer,
+        "float_references": args.float_references,
     }
 
 

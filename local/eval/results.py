@@ -55,7 +55,7 @@ def _describe(store, scored: list[ScoredTrack], failures: dict[str, str]) -> str
         for aggregates in (("median", "median"), ("median", "mean"), ("mean", "median")):
             store.frames_agg, store.tracks_agg = aggregates
             lines += ["", *(line.rstrip() for line in str(store).strip().splitlines())]
-        lines += ["", describe_nan_frames(scored)]
+        lines += ["", describe_nan_frames(scored), *describe_clipping(scored)]
     if failures:
         lines += ["", f"Not scored: {len(failures)} of {len(scored) + len(failures)} tracks"]
         lines += [f"  {name}: {reason}" for name, reason in sorted(failures.items())]
@@ -69,6 +69,25 @@ def describe_nan_frames(scored: list[ScoredTrack]) -> str:
         missing = np.concatenate([np.isnan(track.scores[target]["SDR"]) for track in scored])
         shown.append(f"{target} {missing.sum()} of {missing.size} ({missing.mean():.1%})")
     return f"Frames without a score (NaN): {', '.join(shown)}"
+
+
+def describe_clipping(scored: list[ScoredTrack]) -> list[str]:
+    """Return lines: how many samples of which files were clipped to full scale when they were read.
+
+    Only files of floats, and .stem.mp4 files, can have any.
+    """
+    lines = []
+    for track in scored:
+        if clipped := track.record.get("clipped"):  # records of earlier versions have none
+            files = ", ".join(f"{file} {count}" for file, count in clipped.items())
+            lines.append(f"  {track.name}: {files}")
+    if not lines:
+        return []
+    heading = (
+        "Samples beyond full scale in the test set, clipped as musdb does (--float_references reads"
+        " them as they are):"
+    )
+    return ["", heading, *lines]
 
 
 def sdr_table(scored: list[ScoredTrack]) -> list[str]:

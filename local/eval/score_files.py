@@ -26,6 +26,7 @@ METRICS = ("SDR", "SIR", "ISR", "SAR")
 # What Python raises for data of another structure than expected, for huge numbers, and for deep
 # nesting.
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+DEFAULTS = {"float_references": False}  # settings that records of earlier versions do not have
 AGGREGATES = {"median": np.nanmedian, "mean": np.nanmean}
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -110,6 +111,7 @@ def save_track(out: Path, store, record: dict) -> None:
             - "files": the files of the track, see `tracks.describe_files`
             - "saved": the format of the saved estimates, or None
             - "version": of this recipe, on which the scores do not depend
+            - "clipped": file -> samples beyond full scale, see `tracks.read_track`
             - "frames": their number
             - "mixture_SDR": target -> {"median", "mean"} over frames of the mixture's SDR, in dB
             - "uSDR", "mixture_uSDR": target -> SDR of the whole track, in dB
@@ -183,7 +185,8 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     if made_with.get("model_code", now) != now:  # records of earlier versions have none
         return "made with other code of the model"
     for key in {**wanted["made_with"], **made_with}:
-        before, now = made_with.get(key), wanted["made_with"].get(key)
+        before = made_with.get(key, DEFAULTS.get(key))
+        now = wanted["made_with"].get(key, DEFAULTS.get(key))
         if before != now and key != "model_code":
             return f"made with {key} {before}, not {now}"
     if found.record["files"] != wanted["files"]:

@@ -1,10 +1,15 @@
-"""Read the test tracks from wav, flac or .stem.mp4 files: the samples that musdb returns."""
+"""Read the test tracks from wav, flac or .stem.mp4 files: the samples that musdb returns.
+
+musdb puts all files on the grid of 16 bits, which ends at full scale, ±1. `float32` below reads the
+samples as they are instead, to float32 rounding.
+"""
 
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +42,7 @@ class PackedTrack:
     def name(self) -> str:
         return track_name(self.path)
 
-    @property
+    @cached_property  # the file may go during a run, which is found where it is read
     def seconds(self) -> float:
         """Estimate the duration from the size of the file."""
         return self.path.stat().st_size / PACKED_BYTES
@@ -75,28 +80,33 @@ def describe_files(track: TestTrack) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def read_mixture(track: TestTrack) -> np.ndarray:
-    """Read the mixture as (2, T) float32, the samples that musdb returns: see `read_track`."""
+def read_mixture(track: TestTrack, float32: bool = False) -> np.ndarray:
+    """Read the mixture as (2, T) float32: see `read_track`."""
     with unpacked(track, ["mixture"]) as files:
-        return _read_16_bit(files, "mixture")
+        return _read(files, "mixture", float32)[0]
 
 
-def read_track(track: TestTrack) -> dict[str, np.ndarray]:
-    """Read {"mixture", "vocals", "accompaniment"} -> (2, T) float32, the samples of musdb.
+def read_track(
+    track: TestTrack, float32: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Read a track. float32 holds 16-bit samples and their sums exactly.
 
-    As musdb does, convert files of any other format to 16 bit. float32 holds 16-bit samples and
-    their sums exactly.
+    Returns:
+        ({"mixture", "vocals", "accompaniment"} -> (2, T) float32,
+        file -> how many of its samples are beyond full scale and were clipped, if any).
 
     Raises:
         ValueError: the track cannot be read.
     """
+    audio, clipped = {}, {}
     with unpacked(track, FILES) as files:
-        others = (_read_16_bit(files, source) for source in SOURCES if source != "vocals")
-        return {
-            "mixture": _read_16_bit(files, "mixture"),
-            "vocals": _read_16_bit(files, "vocals"),
-            "accompaniment": sum(others),
-        }
+        for name in FILES:
+            samples, count = _read(files, name, float32)
+            target = name if name in ("mixture", "vocals") else "accompaniment"
+            audio[target] = audio[target] + samples if target in audio else samples
+            if count:
+                clipped[name] = count
+    return audio, clipped
 
 
 @contextmanager
@@ -107,16 +117,19 @@ def unpacked(track: TestTrack, names: Sequence[str]) -> Iterator[Track]:
         return
     with tempfile.TemporaryDirectory() as folder:
         streams = [name for name in STREAMS if name in names]
-        decode_track(track.path, Path(folder, "test", track.name), streams)
+        # As floats: AAC may decode to samples beyond full scale, which are counted.
+        decode_track(track.path, Path(folder, "test", track.name), streams, "pcm_f32le")
         (files,) = find_tracks(Path(folder), "test", track.rate, "wav", streams)
         yield files
 
 
-def _read_16_bit(track: Track, name: str) -> np.ndarray:
-    # As ffmpeg converts for musdb: floats are rounded, longer integers lose their low bits.
+def _read(track: Track, name: str, float32: bool) -> tuple[np.ndarray, int]:
+    """Return (the samples of a file, how many of them were clipped)."""
     audio, kind = track.read(name), sf.info(os.fsencode(track.path(name))).subtype
-    if kind == "PCM_16":
-        return audio
+    if float32 or kind == "PCM_16":
+        return audio, 0
+    # As ffmpeg converts for musdb: floats are rounded, longer integers lose their low bits.
     to_integer = np.rint if kind in ("FLOAT", "DOUBLE") else np.floor
     scaled = to_integer(audio.astype(np.float64) * 32768)
-    return (np.clip(scaled, -32768, 32767) / 32768).astype(np.float32)
+    on_grid = (np.clip(scaled, -32768, 32767) / 32768).astype(np.float32)
+    return on_grid, int(np.count_nonzero(np.abs(audio) > 1))

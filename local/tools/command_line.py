@@ -67,7 +67,8 @@ class OneLineParser(argparse.ArgumentParser):
 def clear_errors(command: str) -> Iterator[None]:
     """Report errors of a command in a line on stderr, and exit.
 
-    The status is 2 for a UserError, INTERRUPTED for Ctrl-C, CLOSED_PIPE for a closed stdout.
+    The status is 2 for a UserError or where memory ran out, INTERRUPTED for Ctrl-C, CLOSED_PIPE for
+    a closed stdout.
     """
     has_stdout = isinstance(sys.stdout, io.TextIOWrapper)  # None where it was closed
     if has_stdout:
@@ -87,6 +88,13 @@ def clear_errors(command: str) -> Iterator[None]:
         # The message of an error in a DataLoader worker holds the whole traceback.
         message = str(error).rpartition("DatasetError: ")[2].strip()
         print(f"{command}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        from local.tools.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(f"{command}: error: out of memory: {brief(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -20,21 +20,25 @@ CGROUP_FILES = {
         ("total_inactive_file", "total_active_file"),
     ),
 }
-# By torch, cuBLAS and cuDNN, C++, and the C library.
+# By torch, cuBLAS and cuDNN, C++, the C library, and its loader.
 MESSAGES = re.compile(
     "out of memory|not enough memory|can't allocate memory|Cannot allocate memory|ALLOC_FAILED"
-    "|bad_alloc"
+    "|bad_alloc|failed to map segment from shared object$"
 )
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still take.
+    """Return the bytes that this process may still take: see `shared_memory`, and `ulimit`."""
+    return max(0, int(min(shared_memory(), *_left_by_ulimit())))
 
-    That is the least of what the machine has, what the limits of containers and batch jobs
-    (cgroups, which kill a process that takes more) leave, and what `ulimit` leaves.
+
+def shared_memory() -> int:
+    """Return the bytes that this process and those it starts may still take together.
+
+    That is what the machine has, or less where limits of containers and batch jobs leave less:
+    cgroups, which kill a process that takes more.
     """
-    left = [psutil.virtual_memory().available, *_left_by_cgroups(), *_left_by_ulimit()]
-    return max(0, int(min(left)))
+    return max(0, int(min(psutil.virtual_memory().available, *_left_by_cgroups(), math.inf)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

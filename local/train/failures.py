@@ -13,6 +13,7 @@ from local.musdb18_tracks import SOURCES
 from local.system import MusicSystem
 from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
+from local.tools.memory import is_out_of_memory
 from local.train.display import describe_early_end
 from local.train.interrupts import Interrupted, Interrupts, requeue_job
 
@@ -77,13 +78,6 @@ def _print_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # else Python would complain at its end that it cannot flush the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the machine had no memory left, by the messages of torch and cuBLAS."""
-    pattern = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
-    is_of_torch = isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
-    return isinstance(error, MemoryError) or is_of_torch
 
 
 def is_lost_connection(error: BaseException) -> bool:
