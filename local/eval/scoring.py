@@ -34,6 +34,7 @@ from local.tools.choices import SCORERS
 from local.tools.command_line import UserError
 from local.tools.museval_guard import import_museval
 from local.tools.progress import report, show_progress
+from local.tools.socket_folder import make_socket_folder
 
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
 # Memory of a scoring process, and more for each second of its track (measured, and rounded up).
@@ -140,6 +141,7 @@ class ScoringPool:
     def __init__(self, out: Path, jobs: int, scorer: str, rank: int = 0):
         self.out, self.scorer = out, scorer
         self.folder = out / f"{ESTIMATES}.{rank}"
+        make_socket_folder()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
         self.processes = ProcessPoolExecutor(jobs, context, initializer=_start_process)
