@@ -126,10 +126,9 @@ def separate_and_score(
         (the scored tracks, track -> why it has no scores).
     """
     from local.estimates import save_estimates
-    from local.eval.flags import advise_on_memory
     from local.eval.pool import ScoringPool, choose_jobs
     from local.eval.score_files import remove_track
-    from local.needs import separation_bytes
+    from local.needs import advise_on_memory, separation_bytes
     from local.tools.memory import is_out_of_memory
 
     needs = {
@@ -150,7 +149,8 @@ def separate_and_score(
                 pool.submit(track, estimates, record)
             except Exception as error:
                 if is_out_of_memory(error):
-                    pool.fail(track, f"out of memory: {brief(error)}{advise_on_memory(args)}")
+                    advice = advise_on_memory(args, "--use_gpu 0" if args.use_gpu else "")
+                    pool.fail(track, f"out of memory: {brief(error)}{advice}")
                 elif isinstance(error, ValueError):
                     pool.fail(track, str(error))
                 else:

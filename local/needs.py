@@ -1,5 +1,7 @@
 """How much memory the separation of a track needs, before it is tried."""
 
+from argparse import Namespace
+
 from torch import nn
 
 from local.fast.choose import choose_fast
@@ -28,3 +30,20 @@ def separation_bytes(model: nn.Module, seconds: float, method: str, fast: str = 
     if choose_fast(model, fast):  # the residual, and a buffer; or a stream
         channels = model.B + max(model.B, model.H) if find_stream_fault(model) else 0
     return WORKSPACE + signals + 4 * channels * samples / model.encoder.hop
+
+
+def advise_on_memory(args: Namespace, on_cpu: str = "") -> str:
+    """Return the flags with which the separation of a track needs less memory, if any.
+
+    Args:
+        args: of the flags of `add_method_flags`.
+        on_cpu: the flag that separates on the CPU, where it is not used.
+    """
+    flags = [on_cpu] if on_cpu else []
+    if args.method == "full":
+        flags.append("--method overlap-add")
+    if args.method == "overlap-add":
+        flags.append(f"--segment below {args.segment}")
+    if args.fast == "no":
+        flags.append("--fast auto")
+    return f"; these need less: {', '.join(flags)}" if flags else ""

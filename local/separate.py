@@ -153,6 +153,7 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     Raises:
         UserError: there is no song, or OUT cannot be written.
     """
+    from local.needs import advise_on_memory
     from local.songs.find import check_writable, find_songs
 
     songs, failures = find_songs(args.songs, args.out)
@@ -170,7 +171,9 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
             separate_song(model, song, folder, args, title)
         except Exception as error:
             if is_out_of_memory(error):
-                failures[song] = f"out of memory: {brief(error)}; {advise_on_memory(args)}"
+                on_cpu = "" if args.device == "cpu" else "--device cpu"
+                advice = advise_on_memory(args, on_cpu)
+                failures[song] = f"out of memory: {brief(error)}{advice}"
             elif isinstance(error, UserError):
                 failures[song] = str(error)
             else:
@@ -225,28 +228,16 @@ def read_whole(blocks: Iterable[Tensor], model: nn.Module, args: Namespace, titl
     """
     import torch
 
-    from local.needs import separation_bytes
+    from local.needs import advise_on_memory, separation_bytes
 
     mixture = torch.cat(list(blocks), dim=-1)
     seconds = mixture.shape[-1] / model.samplerate
     needed, free = separation_bytes(model, seconds, args.method, args.fast), free_memory()
     memory = f"about {needed / 1e9:.1f} GB of memory for {seconds:.0f} s, {free / 1e9:.1f} GB free"
     if needed > free:
-        raise UserError(f"--method full needs {memory}; {advise_on_memory(args)}")
+        raise UserError(f"--method full needs {memory}{advise_on_memory(args)}")
     report(f"{title}: --method full needs {memory}")
     return mixture
-
-
-def advise_on_memory(args: Namespace) -> str:
-    """Return the flags with which a song that was out of memory may fit."""
-    flags = ["--method overlap-add"] if args.method != "overlap-add" else []
-    if args.method == "overlap-add":
-        flags.append(f"--segment below {args.segment}")
-    if args.fast == "no":
-        flags.append("--fast auto")
-    if args.device != "cpu":
-        flags.append("--device cpu")
-    return f"these need less: {', '.join(flags)}"
 
 
 if __name__ == "__main__":

@@ -68,20 +68,6 @@ def choose_device(use_gpu: int, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def advise_on_memory(args: Namespace) -> str:
-    """Return the flags with which the separation of a track needs less memory, if any."""
-    flags = []
-    if args.method == "full":
-        flags.append("--method overlap-add")
-    if args.method == "overlap-add":
-        flags.append(f"--segment below {args.segment}")
-    if args.fast == "no":
-        flags.append("--fast auto")
-    if args.use_gpu:
-        flags.append("--use_gpu 0")
-    return f"; these need less: {', '.join(flags)}" if flags else ""
-
-
 def describe_evaluation(args: Namespace, model: nn.Module, tracks: int) -> str:
     """Return the first lines of the output: what is separated, by what, where and how."""
     device = torch.cuda.get_device_name() if args.use_gpu else "the CPU"

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
 
+from local.tools.socket_folder import make_socket_folder
+
 # What takes seconds to import. The fork server imports it once for all scoring processes. Modules
 # of this project are not here: the server may run in a folder where it cannot find them.
 IMPORTS = ["museval", "scipy.fft", "soundfile"]
@@ -36,6 +38,7 @@ def delayed_interrupts() -> Iterator[None]:
 
 
 def make_processes(count: int) -> ProcessPoolExecutor:
+    make_socket_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     return ProcessPoolExecutor(count, context, initializer=_start_process)

@@ -14,7 +14,8 @@ from local.config import find_faults
 from local.models import count_parameters
 from local.musdb18_tracks import SOURCES, DatasetError, Track, find_tracks, raise_dataset_faults
 from local.tools.choices import SUFFIXES
-from local.tools.command_line import raise_together
+from local.tools.command_line import UserError, raise_together
+from local.tools.socket_folder import make_socket_folder
 from local.train.run_folder import find_folder_faults, is_used
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
@@ -41,6 +42,11 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
         faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     if is_first and conf["main_args"]["exp_dir"]:
         faults += find_folder_faults(exp_dir, count_parameters(conf) if is_valid else 0)
+    if conf["training"]["num_workers"] > 0:
+        try:
+            make_socket_folder()
+        except UserError as error:
+            faults.append(str(error))
     if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
         try:
             tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
