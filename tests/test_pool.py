@@ -7,6 +7,7 @@ from collections import namedtuple
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,8 @@ def test_a_track_is_refused_where_its_separation_or_scoring_does_not_fit(
 
 def test_a_separation_waits_until_others_are_scored(corpus, tmp_path, monkeypatch):
     out, tracks = make_out(tmp_path), open_test_set(corpus, RATE, "wav")
+    processes = []
+    monkeypatch.setattr("multiprocessing.active_children", lambda: processes)
     with ScoringPool(out, 2, "bsseval") as pool:
         limit_memory(monkeypatch, 1.1 * GB)
         for track in tracks:
@@ -192,6 +195,9 @@ def test_a_separation_waits_until_others_are_scored(corpus, tmp_path, monkeypatc
             pool.submit(track, as_targets(make_estimates(track)), make_record())
             pool.wait_for_memory(track, 0.5 * GB)
             assert pool.waiting
+        processes += 9 * [SimpleNamespace(pid=os.getpid())]  # these take what it needs already
+        pool.wait_for_memory(track, 0.9 * GB)
+        assert pool.waiting
         assert len(pool.finish()[0]) == 2
 
 
