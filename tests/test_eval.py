@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +40,6 @@ from local import __version__, stems
 from local.checkpoint import load_model
 from local.compare import compare
 from local.estimates import save_estimates
-from local.eval.flags import advise_on_memory
 from local.eval.out import make_out
 from local.eval.pool import scoring_bytes
 from local.eval.tracks import PackedTrack
@@ -466,19 +464,6 @@ def test_a_track_that_is_out_of_memory_costs_itself_only(
         assert exit_.value.code == 1
         reason = f"out of memory: {str(error) or 'MemoryError'}; these need less: --segment below 3"
         check_that_only_the_longest_failed(tmp_path / "out", reason)
-
-
-def test_the_flags_that_need_less_memory():
-    known = {"method": "overlap-add", "segment": 6.0, "fast": "auto", "use_gpu": 0}
-    for flags, advice in {
-        (): "; these need less: --segment below 6.0",
-        (("method", "full"),): "; these need less: --method overlap-add",
-        (("method", "full"), ("fast", "no"), ("use_gpu", 1)): (
-            "; these need less: --method overlap-add, --fast auto, --use_gpu 0"
-        ),
-        (("method", "stream"),): "",
-    }.items():
-        assert advise_on_memory(Namespace(**{**known, **dict(flags)})) == advice
 
 
 def test_under_a_limit_of_the_shell(experiment, uneven_corpus, tmp_path):

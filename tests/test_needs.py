@@ -1,8 +1,10 @@
+from argparse import Namespace
+
 import pytest
 from conftest import ROOT, run_python
 from torch import nn
 
-from local.needs import WORKSPACE, separation_bytes
+from local.needs import WORKSPACE, advise_on_memory, separation_bytes
 from local.tasnet import ConvTasNetStereo
 
 SIZES = dict(N=8, L=20, B=64, H=256, X=1, R=1, C=2, audio_channels=2, samplerate=44100)
@@ -45,3 +47,21 @@ def test_of_another_model_the_signals_alone_are_known():
     model = nn.Conv1d(2, 4, 1)
     model.C, model.audio_channels, model.samplerate = 2, 2, 44100
     assert separation_bytes(model, 60, "full") == WORKSPACE + 4 * 6 * 44100 * 60
+
+
+@pytest.mark.parametrize(
+    "flags, on_cpu, advice",
+    [
+        ({}, "", "; these need less: --segment below 6.0"),
+        ({"method": "full"}, "", "; these need less: --method overlap-add"),
+        (
+            {"method": "full", "fast": "no"},
+            "--use_gpu 0",
+            "; these need less: --use_gpu 0, --method overlap-add, --fast auto",
+        ),
+        ({"method": "stream"}, "", ""),
+    ],
+)
+def test_the_flags_that_need_less_memory(flags, on_cpu, advice):
+    known = {"method": "overlap-add", "segment": 6.0, "fast": "auto"}
+    assert advise_on_memory(Namespace(**{**known, **flags}), on_cpu) == advice
