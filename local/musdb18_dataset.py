@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -21,15 +22,21 @@ MOST_WORKERS = 32  # of a loader; with more, some share a row of Reading
 
 
 class Reading:
-    """The file that each worker of a loader is reading, in memory that outlives the worker."""
+    """The file that each worker of a loader is reading, in memory that outlives the worker.
+
+    Forked workers share it. What spawned ones record is not known to others.
+    """
 
     def __init__(self):
-        self._rows = torch.zeros(MOST_WORKERS, 3, dtype=torch.int64).share_memory_()
+        self._rows = np.frombuffer(mmap(-1, MOST_WORKERS * 24), np.int64).reshape(-1, 3)
+
+    def __reduce__(self):
+        return Reading, ()
 
     def note(self, track: int, source: int) -> None:
         """Records what a worker is about to read; does nothing outside of workers."""
         if (worker := get_worker_info()) is not None:
-            self._rows.numpy()[worker.id % MOST_WORKERS] = os.getpid(), track, source
+            self._rows[worker.id % MOST_WORKERS] = os.getpid(), track, source
 
     def find(self, pid: int) -> tuple[int, int] | None:
         """The last (track, source) that the worker with this process id has recorded."""
@@ -139,7 +146,6 @@ class TrackDataset(Dataset):
 
     def __init__(self, tracks: Sequence[Track], mix_background: bool = True):
         self.tracks, self.mix_background = tracks, mix_background
-        self.reading = Reading()
 
     def __len__(self) -> int:
         return len(self.tracks)
@@ -147,12 +153,8 @@ class TrackDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         track = self.tracks[index]
         mixture, targets = _allocate(self.mix_background, track.length)
-        mix_targets((self._read_stem(index, source) for source in SOURCES), mixture, targets)
+        mix_targets(map(track.read_samples, SOURCES), mixture, targets)
         return mixture, targets
-
-    def _read_stem(self, index: int, source: str) -> tuple[np.ndarray, np.float32]:
-        self.reading.note(index, SOURCES.index(source))
-        return self.tracks[index].read_samples(source)
 
 
 def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.private import end_with_sigterm_as_with_ctrl_c, kill_launched_processes
-from local.train.loaders import count_batches
+from local.train.loaders import count_batches, find_shared_memory_faults
 from local.train.ranks import end_process_group
 
 MULTI_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # by which machines find one another
@@ -32,7 +32,8 @@ def make_trainer_on_devices(conf: dict, items: int, valid_tracks: int, **setting
 
     Raises:
         UserError: there are no such devices, the launcher has started other processes than the
-            flags ask for, or there are not enough items or tracks for all devices.
+            flags ask for, there are not enough items or tracks for all devices, or too little
+            shared memory for their workers.
     """
     training = conf["training"]
     names = ("devices", "accelerator", "num_nodes")
@@ -55,7 +56,10 @@ def make_trainer_on_devices(conf: dict, items: int, valid_tracks: int, **setting
         flags = ", ".join(f"--{name} {training[name]}" for name in names)
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     end_with_sigterm_as_with_ctrl_c(trainer)
-    _check_shares(conf, items, valid_tracks, trainer.world_size)
+    faults = _find_share_faults(conf, items, valid_tracks, trainer.world_size)
+    if trainer.local_rank == 0:  # of the processes on a machine, which share its memory
+        faults += find_shared_memory_faults(conf, trainer.num_devices)
+    raise_together(faults)
     batches = count_batches(conf, items, trainer.world_size)
     steps = max(batches // training["aggregate"], 1)
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, steps)
@@ -77,7 +81,7 @@ def _check_launcher(trainer: pl.Trainer) -> None:
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
 
 
-def _check_shares(conf: dict, items: int, valid_tracks: int, ranks: int) -> None:
+def _find_share_faults(conf: dict, items: int, valid_tracks: int, ranks: int) -> list[str]:
     faults = []
     if count_batches(conf, items, ranks) == 0:
         faults.append(
@@ -90,7 +94,7 @@ def _check_shares(conf: dict, items: int, valid_tracks: int, ranks: int) -> None
             f"--devices: {ranks} devices have only {plural(valid_tracks, 'track')} to validate on;"
             f" use at most {valid_tracks}, or more validation tracks"
         )
-    raise_together(faults)
+    return faults
 
 
 class EndOtherRanks(pl.Callback):

@@ -16,6 +16,7 @@ from local.tools.files import is_failed_access
 from local.tools.memory import is_out_of_memory
 from local.train.display import describe_early_end
 from local.train.interrupts import Interrupted, Interrupts, requeue_job
+from local.train.loaders import LARGER_SHARED_MEMORY, SHARED_MEMORY
 
 
 def fit(trainer: pl.Trainer, system: MusicSystem, checkpoint: Path | None) -> None:
@@ -58,6 +59,11 @@ def describe_failure(error: BaseException, system: MusicSystem) -> str:
         return advise_on_memory(system)
     if is_lost_connection(error):
         return "another process of this run ended; its error says why"
+    if is_out_of_shared_memory(error):
+        return (
+            f"--num_workers: {SHARED_MEMORY}, through which workers send batches, is full;"
+            f" {LARGER_SHARED_MEMORY}"
+        )
     return describe_lost_worker(error, system)
 
 
@@ -80,6 +86,12 @@ def _print_error(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Whether a worker could not write a batch to shared memory, by the messages of torch."""
+    pattern = r"killed by signal: Bus error|unable to [\w ]+(\(shm\))?[\w ]*</?torch_"
+    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Whether another rank has ended, by the messages of gloo and NCCL."""
     pattern = (
@@ -94,14 +106,14 @@ def describe_lost_worker(error: BaseException, system: MusicSystem) -> str:
     found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
     if not found:
         return ""
+    dataset = system.train_loader.dataset
     for pid in map(int, found[1].split(",")):
-        for dataset in (system.train_loader.dataset, system.val_loader.dataset):
-            if place := dataset.reading.find(pid):
-                track, source = dataset.tracks[place[0]], SOURCES[place[1]]
-                return (
-                    f"a worker of a loader ended while it read {track.path(source)}; is the file"
-                    " damaged, or was there no memory left? Fewer --num_workers need less"
-                )
+        if place := dataset.reading.find(pid):
+            track, source = dataset.tracks[place[0]], SOURCES[place[1]]
+            return (
+                f"a worker of a loader ended while it read {track.path(source)}; is the file"
+                " damaged, or was there no memory left? Fewer --num_workers need less"
+            )
     return f"a worker of a loader ended: {brief(error)}"
 
 
