@@ -13,6 +13,7 @@ from local.musdb18_tracks import SOURCES
 from local.system import MusicSystem
 from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
+from local.tools.progress import keep
 from local.train.display import describe_early_end
 from local.train.interrupts import Interrupted, Interrupts, requeue_job
 
@@ -73,6 +74,7 @@ def _is_failed_write(error: BaseException, system: MusicSystem) -> bool:
 
 
 def _print_error(text: str) -> None:
+    keep(text)
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # else Python would complain at its end that it cannot flush the rest
