@@ -91,10 +91,7 @@ KEYS = {
 }
 FREE = {name for keys in KEYS.values() for name, key in keys.items() if key.is_free}
 # Flags alone: how to run, no part of the configuration.
-OPTIONS = {
-    **{"check": False, "resume": "auto", "resume_with_changes": False},
-    **{"quiet": False, "progress": False},
-}
+OPTIONS = dict(check=False, resume="auto", resume_with_changes=False, quiet=False, progress=False)
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from local import __version__
 from local.musdb18_tracks import DEMO_NOTE, VALIDATION_TRACKS
 from local.train.recipe import ROOT, describe_code
 
@@ -31,7 +30,6 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
     }
     dataset = name_dataset(Path(system.config["data"]["root"]), sum(tracks.values(), []))
     infos = {
-        "version": __version__,
         "commit": find_commit(),
         "code": describe_code(),
         "configuration": system.config,
