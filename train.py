@@ -4,6 +4,7 @@ from pathlib import Path
 
 from local.config import OPTIONS, parse_conf
 from local.tools.command_line import clear_errors
+from local.tools.progress import say, set_progress
 from local.train.quiet import quieten_lightning
 
 # Libraries that take seconds to import are imported where they are used: --help needs none.
@@ -31,14 +32,17 @@ def train(conf: dict) -> None:
     from local.train.preflight import check_run
     from local.train.resume import find_resumed
     from local.train.run_folder import reserved, write_settings
+    from local.train.run_log import kept_log
 
     exp_dir = Path(conf["main_args"]["exp_dir"])
     options = {name: conf["main_args"].pop(name, default) for name, default in OPTIONS.items()}
+    set_progress(options["quiet"], options["progress"])
     train_set, valid_set = check_run(conf, options, make_datasets)
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     trainer = make_trainer(conf, len(train_set), len(valid_set))
     is_first = trainer.is_global_zero  # of the processes of a run, the one that writes and prints
-    with reserved(exp_dir, writes=is_first and not options["check"]):
+    writes = is_first and not options["check"]
+    with reserved(exp_dir, writes), kept_log(exp_dir, writes) as log:
         resumed = find_resumed(conf, options, trainer, train_set, valid_set)
         if resumed and (end := resumed.describe_end(conf)):
             if is_first:
@@ -51,11 +55,12 @@ def train(conf: dict) -> None:
             return
         if is_first:
             write_settings(conf, resumed)
-            print(description, flush=True)
+            log.begin()
+            say(description)
         trainer.loggers = make_loggers(exp_dir, resumed)
         fit(trainer, system, resumed.path if resumed else None)
         if is_first:
-            print(describe_end(trainer))
+            say(describe_end(trainer))
 
 
 def make_datasets(conf: dict, tracks: list):

@@ -17,26 +17,22 @@ from local.tools.command_line import UserError
 from local.tools.files import read_yaml
 from local.tools.weights import load_checkpoint, restore_model, save_atomically, software_versions
 
-MUSDB18_LICENSE = {
-    "title": "MUSDB18",
-    "title_link": "https://sigsep.github.io/datasets/musdb.html",
-    "author": "Zafar Rafii, Antoine Liutkus, Fabian-Robert Stöter, Stylianos Ioannis Mimilakis,"
-    " Rachel Bittner",
-    "license": "academic use only",
-    "non_commercial": True,
-}
 
+def save_best_model(path: Path, model: nn.Module, conf: dict, origin: dict | None = None) -> None:
+    """Writes a best_model.pth: plain data, complete enough to rebuild the model from it alone.
 
-def save_best_model(path: Path, model: nn.Module, conf: dict) -> None:
-    """Writes a best_model.pth: plain data, complete enough to rebuild the model from it alone."""
+    Args:
+        origin: the entries infos, dataset and licenses, as asteroid calls them.
+    """
+    origin = origin or {"infos": {}, "dataset": "unknown", "licenses": []}
     content = {
         "model_name": model_name(conf),
         "model_args": model_args(conf),
         "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "infos": {"software_versions": software_versions()},
-        "dataset": "MUSDB18",
+        "infos": {"software_versions": software_versions(), **origin["infos"]},
+        "dataset": origin["dataset"],
         "task": "music source separation",
-        "licenses": [MUSDB18_LICENSE],
+        "licenses": origin["licenses"],
     }
     save_atomically(content, path)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from local.tools.choices import FAST, MEMORY, SUFFIXES
 from local.tools.command_line import OneLineParser, UserError, raise_together, suggest
 from local.tools.files import read_yaml
+from local.tools.progress import add_progress_flags
 from local.tools.values import as_kind, describe_wrong_kind, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
@@ -90,7 +91,7 @@ KEYS = {
 }
 FREE = {name for keys in KEYS.values() for name, key in keys.items() if key.is_free}
 # Flags alone: how to run, no part of the configuration.
-OPTIONS = {"check": False, "resume": "auto", "resume_with_changes": False}
+OPTIONS = dict(check=False, resume="auto", resume_with_changes=False, quiet=False, progress=False)
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
@@ -147,6 +148,7 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
         help="resume although settings, tracks,"
         " devices or code have changed, and record the changes",
     )
+    add_progress_flags(parser)
     text = conf_file.read_text(encoding="utf-8")
     comments = dict(re.findall(r"^  (\w+):.*?# (.*)$", text, re.MULTILINE))
     for section, keys in KEYS.items():

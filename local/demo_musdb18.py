@@ -21,7 +21,7 @@ from numpy.random import Generator
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
 
-from local.musdb18_tracks import VALIDATION_TRACKS
+from local.musdb18_tracks import DEMO_NOTE, VALIDATION_TRACKS
 from local.stems import decode_track
 from local.tools.command_line import OneLineParser, UserError, clear_errors, raise_together
 from local.tools.files import atomic_path, is_foreign
@@ -82,7 +82,7 @@ def make_demo(out: str | Path, seconds: float = 12.0, tracks: int = 8, seed: int
 
 def claim(out: Path, arguments: dict) -> None:
     """Make `out`, with a note of its arguments. Raise a UserError where it holds anything else."""
-    note, wanted = out / ".demo_musdb18.json", json.dumps(arguments)
+    note, wanted = out / DEMO_NOTE, json.dumps(arguments)
     remedy = "delete it or name another folder"
     if note.is_file():
         if note.read_text() != wanted:

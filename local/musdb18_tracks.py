@@ -20,6 +20,7 @@ from local.tools.sound_files import describe_fault, read_pcm16
 SOURCES = ("vocals", "bass", "drums", "other")
 # What a track is separated into, in museval's words.
 TARGETS = ("vocals", "accompaniment")
+DEMO_NOTE = ".demo_musdb18.json"  # in the folder of a demo data set: what it was made with
 # The list in musdb's configs/mus.yaml. Importing musdb needs ffmpeg, which training does not need.
 VALIDATION_TRACKS = (
     "Actions - One Minute Smile",

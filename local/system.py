@@ -8,24 +8,30 @@ from torch import Tensor
 
 from local.fast.choose import choose_forward
 from local.inference import separate
+from local.musdb18_tracks import SOURCES, TARGETS
+from local.sdr import sum_sdr
 from local.tools.command_line import UserError
+from local.tools.progress import say
 
 
 class MusicSystem(System):
     """Trains on segments, validates on whole tracks.
 
-    Logs `loss` of the batches at the log interval, and `val_loss` of an epoch, the mean over the
-    tracks of all ranks. Everything else that a run does is done by the callbacks in local/train.
-    No training step waits for the device, unless the optimizer is not fused.
+    Logs `loss` of the batches at the log interval, and of an epoch `val_loss` and `val_sdr_TARGET`,
+    means over the tracks of all ranks. Everything else that a run does is done by the callbacks in
+    local/train. No training step waits for the device, unless the optimizer is not fused.
     """
 
-    step_skipped = None  # 1 if the last gradients were not finite, else 0; on the device
+    # Of the last optimizer step, on the device.
+    grad_norm = None  # before it was clipped
+    step_skipped = None  # 1 if that was not finite, else 0
+    _sdr_sum = 0  # see `sum_sdr`
 
     def on_fit_start(self):
         training = self.config["training"]
         self._separate_segments, note = choose_forward(self.model, training, self.device)
         if note and self.trainer.is_global_zero:
-            print(f"compile    {note}", flush=True)  # self.print needs the bar, which comes later
+            say(f"compile    {note}")
 
     def common_step(self, batch, batch_nb, train=True):
         """The loss of a batch of (mixtures, targets): (M, 2, T), (M, C, 2, T).
@@ -40,6 +46,8 @@ class MusicSystem(System):
                 f"{type(self.model).__name__} gives {tuple(estimates.shape)} for mixtures of"
                 f" {tuple(mixtures.shape)}; the targets are {tuple(targets.shape)}"
             )
+        if not train:
+            self._sdr_sum += sum_sdr(estimates, targets)
         return self.loss_func(estimates, targets)
 
     def _separate_tracks(self, mixtures: Tensor) -> Tensor:
@@ -53,6 +61,8 @@ class MusicSystem(System):
 
     def on_validation_epoch_start(self):
         self._val_sum = torch.zeros(2, device=self.device)  # of the losses, and how many
+        self._targets = TARGETS if self.config["data"]["mix_background"] else SOURCES
+        self._sdr_sum = torch.zeros(2, len(self._targets), device=self.device)
 
     def validation_step(self, batch, batch_nb):
         loss = self.common_step(batch, batch_nb, train=False)
@@ -62,6 +72,9 @@ class MusicSystem(System):
         # Lightning's own mean is wrong where ranks have unequal numbers of tracks.
         total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
         self.log("val_loss", total / count, prog_bar=True, sync_dist=True, batch_size=1)
+        totals, counts = self.trainer.strategy.reduce(self._sdr_sum, reduce_op="sum")
+        for target, sdr in zip(self._targets, totals / counts, strict=True):
+            self.log(f"val_sdr_{target}", sdr, sync_dist=True, batch_size=1)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -71,8 +84,8 @@ class MusicSystem(System):
         if scaler is not None:  # a fused step unscales by itself, which is too late for the norm
             scaler.unscale_(optimizer)
         limit = gradient_clip_val or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.step_skipped = (~norm.isfinite()).float()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.step_skipped = (~self.grad_norm.isfinite()).float()
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = self.step_skipped  # the fused kernel reads it on the device
         elif self.step_skipped:  # optimizers skip parameters that have no gradient

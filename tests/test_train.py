@@ -28,6 +28,7 @@ from conftest import (
     write_times,
     write_track,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from local.checkpoint import load_model
@@ -53,7 +54,7 @@ def values_of(experiment, column: str) -> list[float]:
 def test_a_run_writes_everything_it_promises(experiment, corpus):
     assert {path.name for path in experiment.iterdir()} == {
         *("conf.yml", "checkpoints", "best_k_models.json", "best_model.pth"),
-        *("logs", "tensorboard", ".lock"),
+        *("logs", "tensorboard", "train.log", ".lock"),
     }
     conf = yaml.safe_load((experiment / "conf.yml").read_text())
     assert conf["data"]["root"] == str(corpus)
@@ -66,11 +67,23 @@ def test_a_run_writes_everything_it_promises(experiment, corpus):
 
 
 def test_losses_learning_rate_and_speed_are_logged(experiment):
-    for column in ("train_loss", "val_loss", "lr", "items_per_second", "peak_memory_gib"):
-        assert len(values_of(experiment, column)) == 3
+    rows = rows_of(experiment)
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert [int(row["step"]) for row in rows] == [2, 5, 8]
+    columns = ["train_loss", "val_loss", "val_sdr_vocals", "val_sdr_accompaniment", "lr"]
+    for column in (*columns, "items_per_second", "peak_memory_gib", "grad_norm"):
+        assert np.isfinite(values_of(experiment, column)).sum() == 3
     assert values_of(experiment, "skipped_steps") == [0, 0, 0]
     assert all(peak > 0.05 for peak in values_of(experiment, "peak_memory_gib"))
-    assert len(values_of(experiment, "loss")) >= 3
+    norms = zip(
+        values_of(experiment, "grad_norm"), values_of(experiment, "grad_norm_max"), strict=True
+    )
+    assert all(0 < mean < most for mean, most in norms)
+    scalars = EventAccumulator(str(experiment / "tensorboard")).Reload()
+    assert len(scalars.Scalars("loss")) >= 3
+    assert [event.value for event in scalars.Scalars("val_loss")] == pytest.approx(
+        values_of(experiment, "val_loss")
+    )
     assert values_of(experiment, "lr") == pytest.approx([0.0005] * 3)
 
 
@@ -111,13 +124,12 @@ def test_the_first_screen_says_what_is_trained_on_what(corpus, tmp_path):
         re.MULTILINE,
     )
     assert re.search(
-        r"^epoch 0: train_loss 0\.\d{6}, val_loss 0\.\d{6}, lr 0.0005, [\d.]+ items/s,"
-        r" peak memory [\d.]+ GiB, [\d.]+ s$",
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 0: train_loss 0\.\d{6}, val_loss 0\.\d{6},"
+        r" lr 0.0005, [\d.]+ items/s, peak memory [\d.]+ GiB, [\d.]+ s$",
         result.stdout,
         re.MULTILINE,
     )
-    assert "Epoch 0: 100%" in result.stderr + result.stdout
-    assert "Warning" not in result.stderr
+    assert result.stderr == ""
 
 
 def test_the_same_seed_gives_the_same_model_for_any_number_of_workers(corpus, tmp_path):

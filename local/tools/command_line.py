@@ -85,9 +85,7 @@ def clear_errors(command: str) -> Iterator[None]:
         print(f"\n{command}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except UserError as error:
-        # The message of an error in a DataLoader worker holds the whole traceback.
-        message = str(error).rpartition("DatasetError: ")[2].strip()
-        print(f"{command}: error: {message}", file=sys.stderr)
+        print(f"{command}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
         from local.tools.memory import is_out_of_memory
@@ -106,6 +104,11 @@ def cleaning_up_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def describe_error(error: UserError) -> str:
+    """Return its message; that of an error in a DataLoader worker holds the whole traceback."""
+    return str(error).rpartition("DatasetError: ")[2].strip()
 
 
 def raise_together(faults: list[str], heading: str = "") -> None:

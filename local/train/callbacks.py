@@ -6,8 +6,14 @@ import pytorch_lightning as pl
 
 from local.train.checkpoints import LastCheckpoints, RandomStates
 from local.train.devices import EndOtherRanks
-from local.train.display import Forecast, ProgressBar
-from local.train.epochs import EpochStatistics, FreeCachedMemory, SkippedSteps, StopAtMaxSteps
+from local.train.display import Forecast, make_progress
+from local.train.epochs import (
+    EpochStatistics,
+    FreeCachedMemory,
+    GradientNorms,
+    SkippedSteps,
+    StopAtMaxSteps,
+)
 from local.train.interrupts import Interrupts
 
 
@@ -18,10 +24,11 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
     return [
         EndOtherRanks(),
         interrupts,
-        ProgressBar(),
+        make_progress(),
         Forecast(),
         StopAtMaxSteps(training["max_steps"]),
         SkippedSteps(training["max_skipped_steps"]),
+        GradientNorms(),
         EpochStatistics(),
         FreeCachedMemory(),
         RandomStates(),

@@ -24,6 +24,7 @@ from local.tools.random_states import get_random_states, set_random_states
 from local.tools.weights import save_atomically
 from local.train.interrupts import Interrupted, Interrupts
 from local.train.loaders import count_batches
+from local.train.origin import describe_origin, find_commit
 from local.train.ranks import gather_from_ranks
 from local.train.recipe import describe_code, describe_inputs, describe_objects, keep_edits
 
@@ -42,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoints(ModelCheckpoint):
     """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
 
-    NAME = re.compile(r"epoch=\d+-step=(\d+)(-v\d+)?\.ckpt")
+    NAME = re.compile(r"epoch=(\d+)-step=(\d+)(-v\d+)?\.ckpt")
 
     def __init__(self, exp_dir: Path):
         super().__init__(
@@ -78,10 +79,11 @@ class BestCheckpoints(ModelCheckpoint):
         if trainer.is_global_zero:
             for path in Path(self.dirpath).glob("epoch=*.ckpt"):
                 name = self.NAME.fullmatch(path.name)
-                if name and int(name[1]) > trainer.global_step:
+                if name and int(name[2]) > trainer.global_step:
                     path.unlink()
         if trainer.is_global_zero and self.best_model_path and self.exported_score is None:
-            self._export(load_model(self.best_model_path), pl_module.config)
+            epoch = int(self.NAME.fullmatch(Path(self.best_model_path).name)[1])
+            self._export(load_model(self.best_model_path), pl_module, epoch)
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
@@ -94,10 +96,11 @@ class BestCheckpoints(ModelCheckpoint):
         with atomic_path(self.exp_dir / "best_k_models.json") as temporary:
             temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         if self.exported_score is None or self.best_model_score < self.exported_score:
-            self._export(pl_module.model, pl_module.config)
+            self._export(pl_module.model, pl_module, trainer.current_epoch)
 
-    def _export(self, model, conf):
-        save_best_model(self.exp_dir / "best_model.pth", model, conf)
+    def _export(self, model, system, epoch):
+        origin = describe_origin(system, epoch, self.best_model_score.item())
+        save_best_model(self.exp_dir / "best_model.pth", model, system.config, origin)
         self.exported_score = self.best_model_score
 
 
@@ -137,7 +140,7 @@ class LastCheckpoints(pl.Callback):
     def __init__(self, folder: Path, every: str, interrupts: Interrupts):
         self.seconds, self.steps = read_interval(every)
         self.folder, self.interrupts = folder, interrupts
-        describe_code()  # before anybody edits it
+        describe_code(), find_commit()  # before anybody edits it
 
     def on_train_start(self, trainer, pl_module):
         step = trainer.global_step

@@ -2,18 +2,21 @@
 
 import math
 import os
+import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress import ProgressBar as BaseProgressBar
 
 from local.fast.choose import choose_fast
 from local.streaming import find_stream_fault
 from local.tools.command_line import plural
 from local.tools.private import draw_bar_if
+from local.tools.progress import Lines, has_bars, say
 from local.train.checkpoints import list_last
 from local.train.measure import measure_peak_memory, read_clock_after_device, reset_peak_memory
 
@@ -93,8 +96,9 @@ class Forecast(pl.Callback):
             seconds = read_clock_after_device(pl_module.device) - self._start
             per_batch = seconds / (self._last - self._first)
             peak = measure_peak_memory(trainer)
-            pl_module.print(self._describe_memory(peak, pl_module))
-            pl_module.print(self._describe_time(per_batch, trainer, pl_module.config["training"]))
+            if trainer.is_global_zero:
+                say(self._describe_memory(peak, pl_module))
+                say(self._describe_time(per_batch, trainer, pl_module.config["training"]))
 
     def _describe_memory(self, peak: float, system: pl.LightningModule) -> str:
         if system.device.type == "cuda":
@@ -165,6 +169,14 @@ class ProgressBar(TQDMProgressBar):
             self._read_time = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def init_train_tqdm(self):
+        with redirect_stdout(sys.stderr):  # Lightning draws on stdout, which may be a file
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self):
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
+
     def on_exception(self, trainer, pl_module, exception):
         for bar in ("train_progress_bar", "val_progress_bar"):
             with suppress(TypeError):  # it has not been made yet
@@ -180,3 +192,39 @@ class ProgressBar(TQDMProgressBar):
             return False
         self._draw_time = now
         return True
+
+
+class ProgressLines(BaseProgressBar):
+    """At most a line a minute, with the loss, while an epoch is trained or validated."""
+
+    _training = _validation = None
+    _is_enabled = True
+
+    def disable(self):  # Lightning disables it on all ranks but the first
+        self._is_enabled = False
+
+    def enable(self):
+        self._is_enabled = True
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0 or not self._training:  # a resumed run starts within an epoch
+            title = f"epoch {trainer.current_epoch}: training"
+            self._training = Lines(title, trainer.num_training_batches, "batches", n=batch_idx)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self._is_enabled:
+            self._training.update(
+                note=lambda: f"loss {trainer.logged_metrics['loss'].item():.6f}",
+            )
+
+    def on_validation_start(self, trainer, pl_module):
+        title = f"epoch {trainer.current_epoch}: validation"
+        self._validation = Lines(title, sum(trainer.num_val_batches), "tracks")
+
+    def on_validation_batch_end(self, trainer, *args):
+        if self._is_enabled:
+            self._validation.update()
+
+
+def make_progress() -> BaseProgressBar:
+    return ProgressBar() if has_bars() else ProgressLines()

@@ -1,4 +1,4 @@
-"""Callbacks for the epochs of a run: statistics, skipped steps, and when training ends."""
+"""Callbacks for the epochs of a run: statistics, gradients, skipped steps, when training ends."""
 
 import time
 
@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 
 from local.tools.command_line import UserError
+from local.tools.progress import report
 from local.train.display import describe_epoch
 from local.train.measure import measure_peak_memory, read_clock_after_device
 from local.train.ranks import gather_from_ranks
@@ -59,8 +60,6 @@ class EpochStatistics(pl.Callback):
                 f"val_loss of epoch {trainer.current_epoch} is not finite: the model has diverged,"
                 " and nothing of this epoch is kept; try a lower --lr"
             )
-        for logger in trainer.loggers:
-            logger.log_metrics({"hp_metric": val_loss.item()}, step=trainer.global_step - 1)
 
     def on_train_epoch_end(self, trainer, pl_module):
         loss_sum = trainer.strategy.reduce(self._loss_sum, reduce_op="sum")
@@ -73,7 +72,46 @@ class EpochStatistics(pl.Callback):
         pl_module.log_dict(metrics, sync_dist=True)
         metrics = {**trainer.callback_metrics, **metrics}
         seconds = time.perf_counter() - self._start
-        pl_module.print(describe_epoch(trainer.current_epoch, metrics, seconds))
+        if trainer.is_global_zero:
+            report(describe_epoch(trainer.current_epoch, metrics, seconds))
+
+
+class GradientNorms(pl.Callback):
+    """Logs grad_norm and grad_norm_max of every epoch, before clipping: mean and maximum over its
+    optimizer steps, without those that were skipped. Nothing is read from the device before.
+    """
+
+    _resumed = None
+
+    def state_dict(self) -> dict:
+        return {"sum": self._sum.cpu(), "steps": self._steps.cpu(), "max": self._max.cpu()}
+
+    def load_state_dict(self, state_dict):
+        self._resumed = state_dict
+
+    def on_train_start(self, trainer, pl_module):
+        self.on_train_epoch_start(trainer, pl_module)
+        if state := self._resumed:
+            self._sum, self._steps, self._max = (
+                state[name].to(pl_module.device) for name in ("sum", "steps", "max")
+            )
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._sum, self._steps, self._max = torch.zeros(3, device=pl_module.device).unbind()
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        norm, pl_module.grad_norm = pl_module.grad_norm, None
+        if norm is None:  # no step yet: gradients are accumulated
+            return
+        is_finite = norm.isfinite()
+        norm = torch.where(is_finite, norm, 0)
+        self._sum = self._sum + norm
+        self._steps = self._steps + is_finite
+        self._max = torch.maximum(self._max, norm)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        norms = {"grad_norm": self._sum / self._steps, "grad_norm_max": self._max}
+        pl_module.log_dict(norms, sync_dist=True)
 
 
 class SkippedSteps(pl.Callback):

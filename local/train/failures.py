@@ -14,6 +14,7 @@ from local.system import MusicSystem
 from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
 from local.tools.memory import is_out_of_memory
+from local.tools.progress import keep
 from local.train.display import describe_early_end
 from local.train.interrupts import Interrupted, Interrupts, requeue_job
 from local.train.loaders import LARGER_SHARED_MEMORY, SHARED_MEMORY
@@ -80,6 +81,7 @@ def _is_failed_write(error: BaseException, system: MusicSystem) -> bool:
 
 
 def _print_error(text: str) -> None:
+    keep(text)
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # else Python would complain at its end that it cannot flush the rest

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from local import __version__
 from local.fast.choose import choose_fast, describe_fast
 from local.fast.recompute import find_recomputed
 from local.musdb18_dataset import SegmentDataset, TrackDataset
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError, plural
 from local.train.loaders import count_batches
+from local.train.origin import find_commit
 from local.train.preflight import describe_versions
 from local.train.recipe import describe_object, describe_optimizer, list_schedules
 from local.train.run_folder import describe_disk
@@ -49,6 +51,7 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
         "devices": f"{_describe_devices(trainer)}, precision {training['precision']},"
         f" memory {training['memory']}, compile {training['compile']}",
         "versions": describe_versions(),
+        "code": f"{__version__}, commit {find_commit()}",
         "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
     }
     lines = [f"{name:<11}{text}" for name, text in rows.items()]

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from local.tools.command_line import brief
+from local.tools.progress import keep
 
 # A closed terminal sends SIGHUP; SLURM sends SIGTERM, or SIGUSR1 before the time limit on request.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -69,6 +70,7 @@ class Interrupts(pl.Callback):
             self.signum, self._received = signum, time.monotonic()
             with suppress(OSError):
                 os.write(2, self._hint)  # the signal may have interrupted print()
+            keep(f"{signal.Signals(signum).name}: {self._hint.decode().strip()}")
             with suppress(OSError):  # there may be no stdout
                 self._stdout = os.dup(1)
                 nowhere = os.open(os.devnull, os.O_WRONLY)

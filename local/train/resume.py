@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from local.config import FREE, add_defaults
 from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief, plural
+from local.tools.progress import keep
 from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.loaders import count_batches
@@ -128,7 +129,9 @@ def load_newest(folder: Path, rename: bool) -> tuple[Path | None, dict | None]:
             damaged = path.with_suffix(".damaged")
             if rank_zero_only.rank == 0:
                 renamed = f"; renamed to {damaged.name}" if rename else ""
-                print(f"warning: {error}{renamed}", file=sys.stderr)
+                warning = f"warning: {error}{renamed}"
+                print(warning, file=sys.stderr)
+                keep(warning)
             if rename:
                 path.rename(damaged)
     return None, None

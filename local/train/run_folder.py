@@ -17,7 +17,8 @@ WEIGHT_BYTES = 4  # of the weights of best_model.pth; a checkpoint holds Adam's 
 LOG_BYTES = 50e6
 WRITTEN = {
     **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
-    **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json", "changes.yml"), "file"),
+    **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json"), "file"),
+    **dict.fromkeys(("changes.yml", "train.log"), "file"),
 }
 
 
