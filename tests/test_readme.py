@@ -175,7 +175,8 @@ def test_the_job_for_slurm_works(checkout, tmp_path):
     srun = tmp_path / "srun"
     srun.write_text(f'#!/bin/sh\nshift; exec "$@" --check {shlex.join(TINY_RUN)}')
     srun.chmod(0o755)
-    (tmp_path / "slurm_script").write_text(job.replace("srun", str(srun)))
+    job = job.replace("srun", str(srun)).replace("baseline", "job")  # a run of its own
+    (tmp_path / "slurm_script").write_text(job)
     result = run(["bash", str(tmp_path / "slurm_script")], checkout)
     assert result.returncode == 0, result.stderr
     assert "no fault was found" in result.stdout
