@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,13 @@ from test_system import FLAGS, fit, make_system
 
 from local.config import parse_conf
 from local.models import make_model
-from local.train.display import ProgressBar, describe_time, estimate_validation_memory
+from local.tools import progress
+from local.train.display import (
+    ProgressBar,
+    ProgressLines,
+    describe_time,
+    estimate_validation_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,24 @@ def test_the_bar_shows_the_loss_that_was_read_last(
     )
     assert len(set(Losses.true)) == 4
     assert Losses.shown == [Losses.true[index] for index in read_at]
+
+
+@pytest.mark.parametrize("every", [-1.0, 1e9], ids=["slow", "fast"])
+def test_without_bars_long_work_shows_lines(tmp_path, monkeypatch, capsys, every):
+    monkeypatch.setattr(progress, "EVERY", every)
+    options = dict(callbacks=[ProgressLines()], enable_progress_bar=True)
+    fit(make_system(parse_conf(FLAGS)), tmp_path, epochs=2, **options)
+    lines = [line[20:] for line in capsys.readouterr().err.splitlines()]
+    if every > 0:
+        assert lines == []
+        return
+    for epoch in (0, 1):
+        own = [line for line in lines if line.startswith(f"epoch {epoch}: ")]
+        training, validation = own[:4], own[4:]
+        for number, line in enumerate(training, start=1):
+            assert re.search(rf"training: {number} of 4 batches in .*, loss \d\.\d+$", line)
+        assert [": validation: " in line for line in validation] == [True] * 3
+        assert "3 of 3 tracks" in validation[-1]
 
 
 @pytest.mark.parametrize(

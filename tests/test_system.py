@@ -20,8 +20,8 @@ from local.system import MusicSystem
 from local.tools.choices import MEMORY
 from local.tools.command_line import UserError
 from local.train.checkpoints import BestCheckpoints
-from local.train.display import ProgressBar
-from local.train.epochs import EpochStatistics, SkippedSteps, StopAtMaxSteps
+from local.train.display import ProgressBar, ProgressLines
+from local.train.epochs import EpochStatistics, GradientNorms, SkippedSteps, StopAtMaxSteps
 from local.train.loaders import EpochSampler
 
 FLAGS = ["--root", "X", *FIXED, *"--N 8 --L 8 --B 8 --H 8 --X 2 --R 1 --sample_rate 8000".split()]
@@ -200,7 +200,8 @@ class ReadsPerBatch(pl.Callback):
         self.counts.append(self.reads.count)
 
 
-def test_nothing_is_read_from_the_device_between_log_intervals(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bar", [ProgressBar, ProgressLines])
+def test_nothing_is_read_from_the_device_between_log_intervals(tmp_path, monkeypatch, bar):
     monkeypatch.setattr(ProgressBar, "READ", math.inf)
     monkeypatch.setattr(ProgressBar, "DRAW", 0.0)
     system = make_system(parse_conf(FLAGS))
@@ -210,7 +211,7 @@ def test_nothing_is_read_from_the_device_between_log_intervals(tmp_path, monkeyp
         fit(
             system,
             tmp_path,
-            callbacks=[ProgressBar(), per_batch],
+            callbacks=[bar(), GradientNorms(), per_batch],
             enable_progress_bar=True,
             logger=CSVLogger(tmp_path),
             log_every_n_steps=5,
@@ -248,6 +249,48 @@ def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(tmp_path, 
     assert third.isfinite().all()
     assert trainer.callback_metrics["skipped_steps"] == 1
     assert "; 1 step skipped, the gradients were not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoiled", [set(), {1}], ids=["all finite", "one skipped"])
+def test_the_norms_of_an_epoch_are_those_before_clipping(tmp_path, spoiled):
+    class Norms(pl.Callback):
+        seen = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            grads = [parameter.grad for parameter in pl_module.parameters()]
+            self.seen.append(torch.nn.utils.get_total_norm(grads).item())
+
+    system = make_system(parse_conf(FLAGS), SpoiledSystem)
+    system.spoiled = spoiled
+    options = dict(callbacks=[GradientNorms(), Norms()], gradient_clip_val=1e-4)
+    trainer = fit(system, tmp_path, accumulate_grad_batches=2, **options)
+    seen = [norm for norm in Norms.seen if math.isfinite(norm)]
+    assert len(seen) == 2 - len(spoiled)
+    logged = trainer.callback_metrics
+    assert logged["grad_norm"].item() == pytest.approx(sum(seen) / len(seen))
+    assert logged["grad_norm_max"].item() == pytest.approx(max(seen))
+
+
+@pytest.mark.parametrize("mix", ["yes", "no"])
+def test_the_sdr_of_validation_is_the_mean_over_the_tracks_in_which_a_target_sounds(tmp_path, mix):
+    names = ("vocals", "accompaniment") if mix == "yes" else ("vocals", "bass", "drums", "other")
+    flags = ["--mix_background", mix, "--C", str(len(names)), "--norm_type", "gLN"]
+    system = make_system(parse_conf([*FLAGS, *flags]))
+    targets = torch.randn(3, len(names), 2, 700, generator=torch.Generator().manual_seed(2))
+    targets[1, 0] = targets[:, -1] = 0
+    mixtures = targets.sum(1)
+    system.train_loader = DataLoader(TensorDataset(mixtures, targets))
+    system.val_loader = DataLoader(TensorDataset(mixtures, targets))
+    logged = fit(system, tmp_path).callback_metrics
+    with torch.no_grad():
+        estimates = torch.cat([system.model.eval()(mixture[None]) for mixture in mixtures])
+    energy = (targets.square().sum((2, 3)) / (targets - estimates).square().sum((2, 3))).log10()
+    for index, name in enumerate(names):
+        heard = [track for track in range(3) if targets[track, index].any()]
+        expected = sum(10 * energy[track, index].item() for track in heard)
+        expected = expected / len(heard) if heard else math.nan
+        found = logged[f"val_sdr_{name}"].item()
+        assert found == pytest.approx(expected, abs=1e-2, nan_ok=True)
 
 
 def test_a_model_that_has_diverged_is_not_kept(tmp_path):

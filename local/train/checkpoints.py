@@ -183,8 +183,7 @@ class LastCheckpoints(pl.Callback):
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         self._batch_idx = None
         if trainer.is_global_zero:
-            for old in list_last(self.folder)[KEPT:]:
-                old.unlink()
+            remove_old(self.folder)
         self._saved_time, self._saved_step = time.monotonic(), trainer.global_step
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
@@ -244,6 +243,12 @@ class LastCheckpoints(pl.Callback):
         signum, is_late, pause = largest.tolist()
         self._exchange_time, self._exchange_step, self._next_exchange = now, step, step + pause
         return signum, bool(is_late)
+
+
+def remove_old(folder: Path) -> None:
+    """Removes all last checkpoints but the newest two."""
+    for path in list_last(folder)[KEPT:]:
+        path.unlink()
 
 
 def _read_step(path: Path) -> int:

@@ -12,7 +12,7 @@ from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief, plural
 from local.tools.progress import keep
 from local.tools.weights import load_weights_only
-from local.train.checkpoints import list_last
+from local.train.checkpoints import list_last, remove_old
 from local.train.loaders import count_batches
 from local.train.recipe import describe_inputs, find_code_changes
 from local.train.run_folder import is_used
@@ -118,11 +118,15 @@ def load_newest(folder: Path, rename: bool) -> tuple[Path | None, dict | None]:
     """The newest last-*.ckpt that can be read, and what `load_last_checkpoint` gives of it.
 
     Args:
-        rename: those that cannot be read, to .damaged; a warning names them in any case.
+        rename: those that cannot be read, to .damaged (a warning names them in any case), and
+            remove those that are no longer needed.
     """
     for path in list_last(folder):
         try:
-            return path, load_last_checkpoint(path)
+            content = load_last_checkpoint(path)
+            if rename:
+                remove_old(folder)  # which a run that was killed at its end has left
+            return path, content
         except EarlierVersion:
             raise
         except UserError as error:
