@@ -38,6 +38,9 @@ def make_trainer_on_devices(conf: dict, items: int, valid_tracks: int, **setting
     training = conf["training"]
     names = ("devices", "accelerator", "num_nodes")
     settings |= {name: training[name] for name in names} | {"logger": False}
+    # Lightning's own choice may be MPS, which has no float64, or a device that was never tried.
+    uses_gpu = training["accelerator"] != "cpu" and torch.cuda.is_available()
+    settings["accelerator"] = "cuda" if uses_gpu else "cpu"
     # Under SLURM Lightning would resume from any hpc_ckpt_*.ckpt in the current folder.
     settings["default_root_dir"] = conf["main_args"]["exp_dir"]
     try:

@@ -1,0 +1,19 @@
+import pytest
+import torch
+from conftest import TINY_RUN
+from pytorch_lightning.accelerators import MPSAccelerator
+
+from local.config import parse_conf
+from local.train.devices import make_trainer_on_devices
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cpu"])
+@pytest.mark.parametrize("found", ["mps", ""])
+def test_without_cuda_a_run_is_on_the_cpu(accelerator, found, tmp_path, monkeypatch):
+    """Also on a Mac, whose GPU has no float64."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: bool(found)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["--accelerator", accelerator, "--devices", "auto", "--exp_dir", str(tmp_path)]
+    conf = parse_conf([*TINY_RUN, *flags])
+    trainer = make_trainer_on_devices(conf, items=100, valid_tracks=2, enable_progress_bar=False)
+    assert trainer.strategy.root_device.type == "cpu"
