@@ -1,7 +1,8 @@
+import lightning_fabric.accelerators
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import TINY_RUN
-from pytorch_lightning.accelerators import MPSAccelerator
 
 from local.config import parse_conf
 from local.train.devices import make_trainer_on_devices
@@ -11,7 +12,9 @@ from local.train.devices import make_trainer_on_devices
 @pytest.mark.parametrize("found", ["mps", ""])
 def test_without_cuda_a_run_is_on_the_cpu(accelerator, found, tmp_path, monkeypatch):
     """Also on a Mac, whose GPU has no float64."""
-    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: bool(found)))
+    for accelerators in (lightning_fabric.accelerators, pl.accelerators):
+        is_found = staticmethod(lambda: bool(found))
+        monkeypatch.setattr(accelerators.MPSAccelerator, "is_available", is_found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ["--accelerator", accelerator, "--devices", "auto", "--exp_dir", str(tmp_path)]
     conf = parse_conf([*TINY_RUN, *flags])
