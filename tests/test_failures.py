@@ -4,10 +4,16 @@ import pytest
 import torch
 from conftest import RATE
 
-from local.musdb18_dataset import TrackDataset
+from local.musdb18_dataset import SegmentDataset
 from local.musdb18_tracks import find_tracks
 from local.tools.memory import is_out_of_memory
-from local.train.failures import describe_lost_worker, is_lost_connection
+from local.train.failures import (
+    describe_lost_worker,
+    is_lost_connection,
+    is_out_of_shared_memory,
+)
+
+KILLED, UNABLE = "is killed by signal", "unable to allocate shared memory(shm) for file"
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,10 @@ from local.train.failures import describe_lost_worker, is_lost_connection
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "connection"),
         (RuntimeError("NCCL communicator was aborted on rank 1."), "connection"),
         (RuntimeError("writev [::1]:1: Broken pipe"), "connection"),
+        (RuntimeError(f"DataLoader worker (pid 7) {KILLED}: Bus error. It is possible"), "shared"),
+        (RuntimeError(f"{UNABLE} </torch_1_2_0>: No space left on device (28)"), "shared"),
+        (RuntimeError(f"DataLoader worker (pid 7) {KILLED}: Killed. "), None),
+        (RuntimeError("out of resource: shared memory, Required: 262144"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],
     ids=str,
@@ -25,19 +35,19 @@ def test_errors_are_classified(error, kind):
     found = {
         "memory": is_out_of_memory(error),
         "connection": is_lost_connection(error),
+        "shared": is_out_of_shared_memory(error),
     }
     assert [name for name, is_found in found.items() if is_found] == ([kind] if kind else [])
 
 
 def test_a_lost_worker_is_known_by_its_number(corpus, monkeypatch):
     tracks = find_tracks(corpus, "train", RATE)
-    training, validation = TrackDataset(tracks[:2]), TrackDataset(tracks[2:])
-    loaders = [SimpleNamespace(dataset=dataset) for dataset in (training, validation)]
-    system = SimpleNamespace(train_loader=loaders[0], val_loader=loaders[1])
+    dataset = SegmentDataset(tracks, RATE)
+    system = SimpleNamespace(train_loader=SimpleNamespace(dataset=dataset))
     worker = SimpleNamespace(id=1)
     monkeypatch.setattr("local.musdb18_dataset.get_worker_info", lambda: worker)
     monkeypatch.setattr("os.getpid", lambda: 4242)
-    validation.reading.note(1, 2)
+    dataset.reading.note(3, 2)
     path = tracks[3].path("drums")
     for words in (
         "DataLoader worker (pid 4242) is killed by signal: Killed. ",

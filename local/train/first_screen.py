@@ -99,6 +99,8 @@ def _describe_devices(trainer: pl.Trainer) -> str:
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         name = f"CPU ({plural(torch.get_num_threads(), 'thread')})"
+        if torch.backends.mps.is_available():
+            name += ", not MPS, which has no float64"
     else:
         name = device.type
     return f"{trainer.world_size} x {name}"

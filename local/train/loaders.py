@@ -100,9 +100,9 @@ class TrackLoader(DataLoader):
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         mixture, targets = (part[None] for part in self.dataset[index])
-        return (
-            (mixture.pin_memory(), targets.pin_memory()) if self.pin_memory else (mixture, targets)
-        )
+        if self.pin_memory:
+            return mixture.pin_memory(), targets.pin_memory()
+        return mixture, targets
 
 
 def count_batches(conf: dict, items: int, ranks: int) -> int:
