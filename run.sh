@@ -138,7 +138,7 @@ test_set=() given_flags=("${train_flags[@]}")
 if [ -n "$root" ]; then
     [ -d "$root" ] || fail "--root: no such folder: $root"
     exp=$here/exp/${tag:-musdb18}
-    if compgen -G "$root/t*/*.stem.mp4" >/dev/null; then
+    if compgen -G "$root/t*/*.[sS][tT][eE][mM].[mM][pP]4" >/dev/null; then
         packed=$root
         root=$root-wav
     fi
