@@ -200,8 +200,8 @@ def _overlap_add(
     the end of the one before it. There the two are crossfaded linearly, with both ends of the ramp
     included. The start and the end of the track are not faded.
 
-    As published, the windows are shared * rate samples rounded in two ways where `overlap` is not a
-    whole number of samples: the later window starts a sample before the fade of the earlier one.
+    As published, an `overlap` that is no whole number of samples is rounded down for the fades, and
+    up for the samples that two windows share: the earlier window does not fade in the first.
     """
     rate, like = model.samplerate, next(model.parameters())
     hop, fade = int(rate * segment * (1 + overlap)), int(rate * overlap)

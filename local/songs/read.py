@@ -40,7 +40,7 @@ class SongReader:
 
     def __init__(self, path: Path):
         self.source = f"file:{path}"  # with the protocol, a name may hold colons
-        entries = "stream=index,codec_type,codec_name,sample_rate,channels,start_time,duration"
+        entries = "stream=codec_type,codec_name,sample_rate,channels,start_time,duration"
         entries += ":stream_disposition=attached_pic"
         probed = run_program(
             *("ffprobe", "-loglevel", "warning", "-i", self.source),
