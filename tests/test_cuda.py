@@ -262,14 +262,15 @@ def test_blocks_of_any_sizes_join_to_what_the_model_on_the_cpu_makes(norm_type, 
     assert error(torch.cat(pieces, dim=-1), expected) < 1e-5
 
 
-# Runs of train.py
+# Runs of train.py, each in a Python of its own: what the fork server imports isn't all there
 
 RUN = [*TINY_RUN, "--accelerator", ACCELERATOR, "--devices", "1", "--compile", "no"]
 RUN += ["--samples_per_track", "16", "--batch_size", "4"]  # 12 steps an epoch
 
 
 def train(exp_dir: Path, corpus: Path, *flags) -> None:
-    result = run_command("train.py", "--exp_dir", exp_dir, "--root", corpus, *RUN, *flags)
+    command = ["train.py", "--exp_dir", exp_dir, "--root", corpus, *RUN, *flags]
+    result = run_command(*command, own_process=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -280,6 +281,7 @@ def train_with_an_interrupt(exp_dir: Path, corpus: Path, *flags) -> None:
         exp_dir,
         *["--root", corpus, *RUN, *flags, "--checkpoint_every", "1steps"],
         until=lambda: any(checkpoints.glob("last-epoch=0-step=[3-9].ckpt")),
+        own_process=True,
         stdout=subprocess.DEVNULL,
     )
     process.send_signal(signal.SIGINT)
