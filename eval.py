@@ -125,8 +125,9 @@ def separate_and_score(
     Returns:
         (the scored tracks, track -> why it has no scores).
     """
-    from local.estimates import save_estimates
-    from local.eval.pool import ScoringPool, choose_jobs
+    from local.estimates import list_targets, save_estimates
+    from local.eval.jobs import choose_jobs
+    from local.eval.pool import ScoringPool
     from local.eval.score_files import remove_track
     from local.needs import advise_on_memory, separation_bytes
     from local.tools.memory import is_out_of_memory
@@ -134,9 +135,9 @@ def separate_and_score(
     needs = {
         track: separation_bytes(model, track.seconds, args.method, args.fast) for track in records
     }
-    most = max(needs.values(), default=0)
-    jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count, most)
-    with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank) as pool:
+    most, targets = max(needs.values(), default=0), len(list_targets(model))
+    jobs = args.jobs or choose_jobs(records, args.scorer, ranks.local_count, most, targets)
+    with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank, targets) as pool:
         for number, (track, record) in enumerate(records.items(), start=1):
             title = f"[{number}/{len(records)}] {track.name}"
             try:

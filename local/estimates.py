@@ -1,9 +1,10 @@
-"""From a checkpoint to the estimates of vocals and accompaniment, and to wav files.
+"""From a checkpoint to the estimates of vocals, accompaniment and other stems, and to wav files.
 
 eval.py and local.separate share it.
 """
 
 from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from local import inference
 from local.checkpoint import load_model
-from local.musdb18_tracks import TARGETS
+from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path
 from local.tools.progress import Lines, show_progress
@@ -59,9 +60,20 @@ def progress_bar(title: str, time: int, rate: int) -> tqdm | Lines:
     return show_progress(title, time, "s", scale=1 / rate, leave=True)
 
 
+def list_targets(model: nn.Module) -> tuple[str, ...]:
+    """Return what a model gives: see `name_targets`."""
+    return (*TARGETS, *SOURCES[1:]) if model.C == len(SOURCES) else TARGETS
+
+
 def name_targets(sources: Tensor) -> dict[str, np.ndarray]:
-    """Turn (C, 2, T) into target -> (2, T): the accompaniment is the sum of all but the vocals."""
-    return dict(zip(TARGETS, (sources[0].numpy(), sources[1:].sum(0).numpy()), strict=True))
+    """Turn (C, 2, T) into target -> (2, T): the accompaniment is the sum of all but the vocals.
+
+    Four sources are SOURCES, as `--mix_background no` trains them, and each is a target, too.
+    """
+    targets = dict(zip(TARGETS, (sources[0].numpy(), sources[1:].sum(0).numpy()), strict=True))
+    if len(sources) == len(SOURCES):
+        targets |= dict(zip(SOURCES[1:], sources[1:].numpy(), strict=True))
+    return targets
 
 
 def save_estimates(
@@ -69,7 +81,7 @@ def save_estimates(
 ) -> None:
     """Write target -> (channels, T) as TARGET.wav: see `EstimateWriter`."""
     channels = len(next(iter(estimates.values())))
-    with EstimateWriter(folder, rate, channels, float32) as writer:
+    with EstimateWriter(folder, rate, channels, float32, estimates) as writer:
         writer.write(estimates)
 
 
@@ -80,13 +92,16 @@ class EstimateWriter:
 
     Args:
         float32: write 32-bit float samples instead.
+        targets: those that are written.
 
     Raises:
         OSError: the files cannot be written.
     """
 
-    def __init__(self, folder: Path, rate: int, channels: int, float32: bool):
-        self.folder, self.float32 = folder, float32
+    def __init__(
+        self, folder: Path, rate: int, channels: int, float32: bool, targets: Iterable[str]
+    ):
+        self.folder, self.float32, self.targets = folder, float32, tuple(targets)
         self.form = rate, channels, "FLOAT" if float32 else "PCM_16"
         self.clipped = 0
 
@@ -94,10 +109,10 @@ class EstimateWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             # All files are closed before the first gets its name.
-            places = [self.folder / f"{target}.wav" for target in TARGETS]
+            places = [self.folder / f"{target}.wav" for target in self.targets]
             paths = [stack.enter_context(atomic_path(place)) for place in places]
             writers = [stack.enter_context(WavWriter(path, *self.form)) for path in paths]
-            self.files = dict(zip(TARGETS, writers, strict=True))
+            self.files = dict(zip(self.targets, writers, strict=True))
             self.stack = stack.pop_all()
         return self
 

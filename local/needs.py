@@ -22,7 +22,8 @@ def separation_bytes(model: nn.Module, seconds: float, method: str, fast: str = 
         method, fast: as in `inference.separate`.
     """
     samples = seconds * model.samplerate
-    signals = 4 * model.audio_channels * (1 + model.C) * samples
+    targets = model.C + (model.C > 2)  # then the accompaniment is one more
+    signals = 4 * model.audio_channels * (1 + targets) * samples
     is_on_gpu = next(model.parameters()).is_cuda
     if method != "full" or is_on_gpu or not isinstance(model, ConvTasNetStereo):
         return WORKSPACE + signals

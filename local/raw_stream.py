@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from local.estimates import name_targets
+from local.estimates import list_targets, name_targets
 from local.musdb18_tracks import TARGETS
 from local.streaming import StreamingConvTasNet
 from local.tools.command_line import CLOSED_PIPE, INTERRUPTED, UserError
@@ -24,17 +24,20 @@ def separate_stream(model: nn.Module, target: str) -> int:
 
     Args:
         model: see `StreamingConvTasNet`.
-        target: one of TARGETS, or "both": the channels of vocals, then those of accompaniment.
+        target: what the model gives, see `list_targets`; or "both": the channels of vocals, then
+            those of accompaniment.
 
     Returns:
         the exit status.
 
     Raises:
-        UserError: the model cannot be streamed, a sample is NaN or infinity, or stdin or stdout
-            fails.
+        UserError: the model cannot be streamed, or does not give the target; a sample is NaN or
+            infinity, or stdin or stdout fails.
     """
     source, sink = sys.stdin.fileno(), sys.stdout.fileno()
-    channels = model.audio_channels
+    channels, targets = model.audio_channels, list_targets(model)
+    if target not in (*targets, "both"):
+        raise UserError(f"--stream {target}: the model gives {', '.join(targets)}; name one")
     try:
         engine = StreamingConvTasNet(model)
     except ValueError as error:
@@ -106,7 +109,8 @@ def is_readable(descriptor: int) -> bool:
 def write_samples(sink: int, sources: Tensor, target: str) -> None:
     """Write (C, channels, T) estimates as interleaved float32."""
     estimates = name_targets(sources.cpu())
-    chosen = np.concatenate([estimates[name] for name in TARGETS if target in (name, "both")])
+    names = TARGETS if target == "both" else (target,)
+    chosen = np.concatenate([estimates[name] for name in names])
     samples = memoryview(chosen.T.astype(np.float32).tobytes())
     while samples:
         samples = samples[os.write(sink, samples) :]

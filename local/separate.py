@@ -1,7 +1,8 @@
 """Separate songs into vocals and accompaniment.
 
 `python -m local.separate SONG [SONG ...] --checkpoint CKPT` writes OUT/SONG/vocals.wav and
-OUT/SONG/accompaniment.wav for any files that ffmpeg reads, and for all songs in a folder.
+OUT/SONG/accompaniment.wav for any files that ffmpeg reads, and for all songs in a folder. A model
+of four stems also gives bass.wav, drums.wav and other.wav.
 `... | python -m local.separate --stream --checkpoint CKPT | ...` separates raw samples as they
 come, with a causal model.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
 
-from local.musdb18_tracks import TARGETS
+from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.choices import add_method_flags
 from local.tools.command_line import (
     OneLineParser,
@@ -67,9 +68,10 @@ def make_parser() -> OneLineParser:
         "--stream",
         nargs="?",
         const="vocals",
-        choices=(*TARGETS, "both"),
+        choices=(*TARGETS, *SOURCES[1:], "both"),
         help="read raw float32 samples from stdin, channels interleaved, at the model's rate, and"
-        " write this, vocals by default, to stdout; both: vocals' channels, then accompaniment's",
+        " write this, vocals by default, to stdout; bass, drums, other: by a model of four stems;"
+        " both: vocals' channels, then accompaniment's",
     )
     return parser
 
@@ -153,9 +155,11 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     Raises:
         UserError: there is no song, or OUT cannot be written.
     """
+    from local.estimates import list_targets
     from local.needs import advise_on_memory
     from local.songs.find import check_writable, find_songs
 
+    targets = list_targets(model)
     songs, failures = find_songs(args.songs, args.out)
     for path, fault in failures.items():
         report(f"{path}: {fault}", sys.stderr)
@@ -163,7 +167,7 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     kept, unreadable = 0, len(failures)
     for number, (folder, song) in enumerate(songs.items(), start=1):
         title = f"[{number}/{len(songs)}] {song.name}"
-        if not args.overwrite and all((folder / f"{name}.wav").is_file() for name in TARGETS):
+        if not args.overwrite and all((folder / f"{name}.wav").is_file() for name in targets):
             report(f"{title}: is in {folder} already; --overwrite separates it again")
             kept += 1
             continue
@@ -192,12 +196,12 @@ def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, t
         UserError: the folder cannot be written, memory is too small, or the song cannot be read, or
             only in part; the part that can be read is separated.
     """
-    from local.estimates import EstimateWriter, progress_bar
+    from local.estimates import EstimateWriter, list_targets, progress_bar
     from local.inference import separate_blocks
     from local.songs.convert import read_mixture, restore
     from local.songs.read import SongReader
 
-    reader, rate = SongReader(song), model.samplerate
+    reader, rate, targets = SongReader(song), model.samplerate, list_targets(model)
     mixture = read_mixture(reader, rate)
     if args.method == "full":
         mixture = [read_whole(mixture, model, args, title)]
@@ -205,10 +209,11 @@ def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, t
     try:
         with (
             progress_bar(title, samples, rate) as bar,
-            EstimateWriter(folder, reader.rate, reader.channels, args.float32) as writer,
+            EstimateWriter(folder, reader.rate, reader.channels, args.float32, targets) as writer,
         ):
             settings = args.method, args.segment, args.overlap, bar.update, args.fast
-            for estimates in restore(separate_blocks(model, mixture, *settings), rate, reader):
+            blocks = separate_blocks(model, mixture, *settings)
+            for estimates in restore(blocks, targets, rate, reader):
                 writer.write(estimates)
     except OSError as error:
         if is_out_of_memory(error):

@@ -40,8 +40,8 @@ from local import __version__, stems
 from local.checkpoint import load_model
 from local.compare import compare
 from local.estimates import save_estimates
+from local.eval.jobs import scoring_bytes
 from local.eval.out import make_out
-from local.eval.pool import scoring_bytes
 from local.eval.tracks import PackedTrack
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -567,7 +567,7 @@ def test_what_a_dead_rank_leaves_is_scored_by_the_next_run(
     command = [ROOT / "eval.py", "--exp_dir", experiment, "--root", long_corpus, "--n_save_ex", 2]
     command += ["--out_dir", out, "--jobs", 1]
     first, second = (srun(rank, port, *command) for rank in (0, 1))
-    wait_for(second, lambda: (out / ".estimates.1" / "2.npy").exists())
+    wait_for(second, lambda: (out / ".estimates.1" / "2").exists())
     assert second.poll() is None
     kill(second)
     printed, _ = first.communicate(timeout=300)

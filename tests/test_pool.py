@@ -15,15 +15,12 @@ from conftest import RATE, ROOT, make_record, run_python, write_track
 from test_scoring import make_estimates
 from threadpoolctl import threadpool_info
 
-from local.eval.pool import ScoringPool, choose_jobs, remove_estimates
+from local.eval.jobs import choose_jobs
+from local.eval.pool import ScoringPool, remove_estimates
 from local.eval.score_files import load_track
 from local.eval.scoring import score_track
 from local.eval.tracks import open_test_set
-from local.musdb18_tracks import TARGETS, Track
-
-
-def as_targets(estimates: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(zip(TARGETS, estimates, strict=True))
+from local.musdb18_tracks import Track
 
 
 def make_out(tmp_path: Path) -> Path:
@@ -35,7 +32,7 @@ def test_a_pool_scores_what_one_process_would(corpus, tmp_path, capsys):
     out, tracks = make_out(tmp_path), open_test_set(corpus, RATE, "wav")
     with ScoringPool(out, 2, "bsseval") as pool:
         for track in tracks:
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
         scored, failures = pool.finish()
     assert failures == {}
     printed = capsys.readouterr().out
@@ -54,13 +51,13 @@ def test_a_track_that_cannot_be_scored_leaves_the_others(corpus, tmp_path, capsy
     for _ in range(2):  # the second time, the failure removes the scores of the first time
         with ScoringPool(out, 1, "bsseval") as pool:
             for track in (quiet, loud):
-                pool.submit(track, as_targets(make_estimates(track)), make_record())
+                pool.submit(track, make_estimates(track), make_record())
             pool.finish()
-        estimates = as_targets(make_estimates(quiet))
+        estimates = make_estimates(quiet)
         estimates["vocals"][:] = 0
         with ScoringPool(out, 1, "bsseval") as pool:
             pool.submit(quiet, estimates, make_record())
-            pool.submit(loud, as_targets(make_estimates(loud)), make_record())
+            pool.submit(loud, make_estimates(loud), make_record())
             scored, failures = pool.finish()
         assert [track.name for track in scored] == [loud.name]
         assert list(failures) == [quiet.name]
@@ -120,7 +117,7 @@ def test_a_track_that_takes_all_memory_costs_itself_only(kind, jobs, tmp_path, c
     tracks[1] = as_kind(kind, tracks[1])
     with ScoringPool(out, jobs, "museval") as pool:
         for track in tracks:
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
         scored, failures = pool.finish()
     assert sorted(track.name for track in scored) == ["T0", "T2", "T3", "T4"]
     assert list(failures) == ["T1"]
@@ -141,7 +138,7 @@ def test_a_track_that_only_lacks_memory_beside_others_is_scored_in_the_end(kind,
     tracks[0] = as_kind(kind, tracks[0], times=tmp_path / "once")
     with ScoringPool(out, 2, "bsseval") as pool:
         for track in tracks:
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
         scored, failures = pool.finish()
     assert (tmp_path / "once").exists()
     assert failures == {}
@@ -152,7 +149,7 @@ def test_a_pool_goes_on_after_a_process_was_killed_while_it_had_nothing_to_do(co
     out, tracks = make_out(tmp_path), open_test_set(corpus, RATE, "wav")
     with ScoringPool(out, 2, "bsseval") as pool:
         for track in tracks:
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
             if track == tracks[0]:
                 wait(pool.waiting)
                 kill_a_process(pool)
@@ -166,7 +163,8 @@ GB = 10**9
 
 def limit_memory(monkeypatch, free: float) -> None:
     """As the limit of a container does."""
-    monkeypatch.setattr("local.eval.pool.shared_memory", lambda: free)
+    for module in ("jobs", "pool"):
+        monkeypatch.setattr(f"local.eval.{module}.shared_memory", lambda: free)
 
 
 def test_a_track_is_refused_where_its_separation_or_scoring_does_not_fit(
@@ -192,7 +190,7 @@ def test_a_separation_waits_until_others_are_scored(corpus, tmp_path, monkeypatc
         for track in tracks:
             pool.wait_for_memory(track, 0.9 * GB)  # beside the other's scoring it would not fit
             assert not pool.waiting
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
             pool.wait_for_memory(track, 0.5 * GB)
             assert pool.waiting
         processes += 9 * [SimpleNamespace(pid=os.getpid())]  # these take what it needs already
@@ -207,7 +205,7 @@ def test_what_was_killed_is_not_tried_again_where_it_does_not_fit(corpus, tmp_pa
     with ScoringPool(out, 1, "bsseval") as pool:
         limit_memory(monkeypatch, 0.1 * GB)
         for track in (as_kind(FatalTrack, tracks[0], times), tracks[1]):
-            pool.submit(track, as_targets(make_estimates(track)), make_record())
+            pool.submit(track, make_estimates(track), make_record())
         scored, failures = pool.finish()
     assert [track.name for track in scored] == [tracks[1].name]
     assert "its scoring needs about 0.45 GB" in failures[tracks[0].name]
@@ -226,7 +224,7 @@ if __name__ == "__main__":
     local.eval.processes.IMPORTS.append("pressed")
     track = open_test_set(Path({str(corpus)!r}), RATE, "wav")[0]
     with ScoringPool(Path({str(make_out(tmp_path))!r}), 1, "bsseval") as pool:
-        pool.submit(track, as_targets(make_estimates(track)), make_record())
+        pool.submit(track, make_estimates(track), make_record())
         print(len(pool.finish()[0]), "scored")
 """)
     result = run_python(script, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'tests'}")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from test_score_files import save
 
-from local.eval.results import RESULTS, describe_track, sdr_table, usdr_table, write_results
+from local.eval.results import RESULTS, describe_track, sdr_table, whole_track_table, write_results
 from local.eval.score_files import ScoredTrack
 
 
@@ -12,7 +12,7 @@ def scored(tmp_path) -> list[ScoredTrack]:
 
 
 def test_the_tables_show_the_gain_over_the_mixture_and_missing_frames(scored):
-    lines, usdr = sdr_table(scored), usdr_table(scored)
+    lines, usdr = sdr_table(scored), whole_track_table(scored, "uSDR")
     model = np.nanmedian(scored[0].scores["vocals"]["SDR"])
     mixture = scored[0].record["mixture_SDR"]["vocals"]["median"]
     cells = lines[2].removeprefix("Track 0").split()

@@ -21,6 +21,7 @@ from local.eval.score_files import (
 from local.musdb18_tracks import TARGETS, UNFIT_FOR_NAMES
 
 FRAMES = 5
+WHOLE_TRACK = ("uSDR", "mixture_uSDR", "SI_SDR", "mixture_SI_SDR")
 DAMAGED = "its scores or their record are damaged"
 
 
@@ -39,10 +40,11 @@ def make_extras(seed: int) -> dict:
     rng = np.random.default_rng(1000 + seed)
     return {
         "frames": FRAMES,
+        "silent": {},
         "mixture_SDR": {
             target: {"median": rng.normal(), "mean": rng.normal()} for target in TARGETS
         },
-        **{name: {t: float(rng.normal()) for t in TARGETS} for name in ("uSDR", "mixture_uSDR")},
+        **{name: {t: float(rng.normal()) for t in TARGETS} for name in WHOLE_TRACK},
     }
 
 

@@ -12,6 +12,7 @@ from conftest import write_song
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from local.musdb18_tracks import TARGETS
 from local.songs.convert import read_mixture, restore
 from local.songs.find import find_songs
 from local.songs.read import BLOCK, SongReader
@@ -178,7 +179,7 @@ def test_resampling_in_blocks_equals_resampling_the_whole(length, rate, channels
         mixture[:, :shared].T, np.broadcast_to(expected, (len(expected), 2))[:shared], atol=2e-6
     )
     estimates = [torch.stack([block, 0.5 * block]) for block in blocks]
-    restored = list(restore(estimates, RATE, reader))
+    restored = list(restore(estimates, TARGETS, RATE, reader))
     vocals = np.concatenate([piece["vocals"] for piece in restored], axis=1)
     assert vocals.shape == (channels, length)
     whole = soxr.resample(expected, RATE, rate, "VHQ")[:length]
@@ -190,7 +191,7 @@ def test_estimates_that_are_no_numbers(tmp_path):
     reader = SongReader(tmp_path / "song.wav")
     estimates = [torch.full((2, 2, 10), torch.nan)]
     with pytest.raises(UserError, match="estimate of vocals holds NaN"):
-        list(restore(estimates, reader.rate, reader))
+        list(restore(estimates, TARGETS, reader.rate, reader))
 
 
 def test_folders_with_links(tmp_path, capsys):

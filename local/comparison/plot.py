@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from local.comparison.runs import order_targets, read_published
-from local.eval.score_files import METRICS
+from local.comparison.runs import read_published
+from local.eval.score_files import METRICS, order_targets
 
 SEED = 0  # of where the dots are
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from local.eval.score_files import METRICS, read_method, read_scores, summarise
-from local.musdb18_tracks import SOURCES, TARGETS, UNFIT_FOR_NAMES
+from local.eval.score_files import METRICS, order_targets, read_method, read_scores, summarise
+from local.musdb18_tracks import UNFIT_FOR_NAMES
 from local.tools.command_line import UserError, plural
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
@@ -169,10 +169,3 @@ def find_missing(scores: pd.DataFrame, targets: list[str]) -> list[str]:
             held = ", ".join(order_targets(of_run))
             faults.append(f"--targets: {run} has none of them, only {held}")
     return faults
-
-
-def order_targets(targets: Iterable[str]) -> list[str]:
-    """Return the targets without repetition: those of MUSDB18 first, in a fixed order."""
-    known = list(dict.fromkeys((*TARGETS, *SOURCES)))
-    others = sorted(set(targets) - set(known))
-    return [target for target in known if target in set(targets)] + others

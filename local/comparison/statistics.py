@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-from local.comparison.runs import order_targets
-from local.eval.score_files import METRICS
+from local.eval.score_files import METRICS, order_targets
 
 STATISTICS = {"mean": np.mean, "median": np.median}
 RESAMPLES = 10_000

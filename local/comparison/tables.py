@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from local.comparison.runs import find_method_notes, order_targets, printable
+from local.comparison.runs import find_method_notes, printable
 from local.comparison.statistics import STATISTICS
-from local.eval.score_files import METRICS
+from local.eval.score_files import METRICS, order_targets
 from local.tools.command_line import plural
 
 PUBLISHED_ORIGIN = (

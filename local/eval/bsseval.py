@@ -103,11 +103,12 @@ def _check(references: np.ndarray, estimates: np.ndarray) -> None:
 
 
 def _any_silent(signals: np.ndarray) -> bool:
-    """Tell whether the channels of a source sum to zero in all of (sources, samples, channels)."""
-    return any(
-        not any((part @ np.ones(part.shape[1])).any() for part in _parts(signal))
-        for signal in signals
-    )
+    return any(map(is_silent, signals))
+
+
+def is_silent(signal: np.ndarray) -> bool:
+    """Tell whether the channels sum to zero in all samples of (samples, channels)."""
+    return not any((part @ np.ones(part.shape[1])).any() for part in _parts(signal))
 
 
 def _parts(signal: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,16 +1,16 @@
 """The folder OUT: no file of others is overwritten, and no old scores stay beside new ones."""
 
+from __future__ import annotations
+
 import inspect
 import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from local import __version__
-from local.checkpoint import find_weights
 from local.eval.pool import remove_estimates
 from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
@@ -18,6 +18,11 @@ from local.eval.tracks import TestTrack, describe_files, list_files
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.files import LONGEST_NAME, is_failed_access, locked, sha256
 from local.tools.ranks import Ranks
+
+if TYPE_CHECKING:  # local.score needs no torch
+    from torch import nn
+
+FLAGS = "--out_dir", "--root"  # of eval.py, that name OUT and the tracks
 
 
 @contextmanager
@@ -37,10 +42,15 @@ def report_failed_access(args: Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def prepared_out(out: Path, tracks: list[TestTrack], ranks: Ranks) -> Iterator[None]:
+def prepared_out(
+    out: Path, tracks: list[TestTrack], ranks: Ranks, flags: tuple[str, str] = FLAGS
+) -> Iterator[None]:
     """On rank 0, make and lock OUT, and remove the results over all tracks of an earlier run.
 
     Scores of tracks stay: see `find_scored`. Other ranks have nothing to do.
+
+    Args:
+        flags: those that name OUT and the tracks.
 
     Raises:
         UserError: see `make_out`; or another run writes to OUT.
@@ -48,7 +58,7 @@ def prepared_out(out: Path, tracks: list[TestTrack], ranks: Ranks) -> Iterator[N
     if ranks.rank != 0:
         yield
         return
-    make_out(out, tracks)
+    make_out(out, tracks, *flags)
     with locked(out):
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
@@ -56,7 +66,9 @@ def prepared_out(out: Path, tracks: list[TestTrack], ranks: Ranks) -> Iterator[N
         yield
 
 
-def make_out(out: Path, tracks: list[TestTrack]) -> None:
+def make_out(
+    out: Path, tracks: list[TestTrack], out_flag: str = FLAGS[0], root_flag: str = FLAGS[1]
+) -> None:
     """Make OUT, and in it test/ for the scores of tracks.
 
     Raises:
@@ -68,21 +80,22 @@ def make_out(out: Path, tracks: list[TestTrack]) -> None:
     outputs = {folder.resolve() for folder in (out, out / "test", *(out / name for name in names))}
     if inputs & outputs:
         faults.append(
-            f"--out_dir: {out} holds the test tracks, and they would be overwritten; name another"
-            " --out_dir"
+            f"{out_flag}: {out} holds the test tracks, and they would be overwritten; name another"
+            f" {out_flag}"
         )
     scores = (out / "test").glob("[!.]*.json")
     if others := sorted(path.name for path in scores if path.stem not in names):
         faults.append(
-            f"--out_dir: {out} holds scores of another test set ({others[0]},"
-            f" {len(others)} in all); name another --out_dir"
+            f"{out_flag}: {out} holds scores of another test set ({others[0]},"
+            f" {len(others)} in all); name another {out_flag}"
         )
     faults += [
-        f"--root: a track called {name} would overwrite {out / name}; rename the track"
+        f"{root_flag}: a track called {name} would overwrite {out / name}; rename the track"
         for name in sorted({"test", *RESULTS} & set(names))
     ]
     faults += [
-        f"--root: the name of the track {name} is too long for a file of scores; rename the track"
+        f"{root_flag}: the name of the track {name} is too long for a file of scores; rename the"
+        " track"
         for name in names
         if len(os.fsencode(f"{name}.json")) > LONGEST_NAME
     ]
@@ -90,17 +103,21 @@ def make_out(out: Path, tracks: list[TestTrack]) -> None:
     try:
         (out / "test").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
+        raise UserError(f"{out_flag}: {out} cannot be written: {error.strerror}") from None
 
 
 def describe_settings(args: Namespace, model: nn.Module) -> dict:
     """Return what the scores of a track depend on: equal settings give equal scores."""
+    from local.checkpoint import find_weights
+    from local.estimates import list_targets
+
     segments = {"segment": args.segment, "overlap": args.overlap}
     return {
         "checkpoint": sha256(find_weights(args.checkpoint)),
         "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
         "method": args.method,
         **(segments if args.method == "overlap-add" else {}),
+        "targets": list(list_targets(model)),
         "scorer": args.scorer,
         "float_references": args.float_references,
     }

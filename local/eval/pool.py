@@ -2,9 +2,9 @@
 
 import errno
 import multiprocessing
-import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -16,64 +16,36 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from local.eval.jobs import describe_lack, scoring_bytes
 from local.eval.processes import delayed_interrupts, make_processes
 from local.eval.results import describe_track
 from local.eval.score_files import ScoredTrack, remove_track
 from local.eval.scoring import score_file
 from local.eval.tracks import TestTrack
-from local.musdb18_tracks import TARGETS
 from local.tools.command_line import brief, plural
 from local.tools.memory import is_out_of_memory, shared_memory
 from local.tools.progress import report, show_progress
 
 ESTIMATES = ".estimates"  # folders in OUT, one per rank
-# Memory of a scoring process, and more for each second of its track (measured, and rounded up).
-PROCESS_BYTES = 450e6
-SECOND_BYTES = {"bsseval": 2e6, "museval": 17e6}
-
-
-def scoring_bytes(seconds: float, scorer: str) -> float:
-    """Return the memory that the scoring of a track takes."""
-    return PROCESS_BYTES + SECOND_BYTES[scorer] * seconds
-
-
-def choose_jobs(
-    tracks: list[TestTrack], scorer: str, processes: int = 1, separation: float = 0
-) -> int:
-    """Choose how many tracks to score at a time, by cores, free memory and number of tracks.
-
-    Args:
-        processes: ranks of this run on this machine, which share it.
-        separation: bytes that each of them needs to separate a track at the same time.
-    """
-    longest = max((track.seconds for track in tracks), default=0)
-    free = shared_memory() / processes - separation
-    fitting = int(free // scoring_bytes(longest, scorer))
-    # srun may give each rank its own cores; torchrun does not.
-    cores = min(len(os.sched_getaffinity(0)), os.cpu_count() // processes)
-    return max(1, min(cores, fitting, len(tracks)))
-
-
-def describe_lack(work: str, needed: float, free: float) -> str:
-    """Return what memory some work on a track needs and finds; "" where that is enough."""
-    if needed <= free:
-        return ""
-    return f"its {work} needs about {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} are free"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A track whose estimates wait in a file: see `score_file`."""
+    """A track to score, and the folder in which its estimates wait, if any: see `score_file`."""
 
     track: TestTrack
-    file: Path
+    estimates: Path | None
     record: dict
+
+    def clean_up(self) -> None:
+        if self.estimates:
+            shutil.rmtree(self.estimates, ignore_errors=True)
 
 
 class ScoringPool:
     """Score tracks in processes of one BLAS thread each, while the caller separates other tracks.
 
-    Estimates wait in files in OUT until a process is free. The processes end when this one ends,
+    Estimates wait in folders in OUT until a process is free. The processes end when this one ends,
     even where it is killed.
 
     Where memory runs out in a process, or the kernel kills it for that, the tracks that it may have
@@ -84,12 +56,22 @@ class ScoringPool:
         jobs: tracks scored at a time; half as many after a process was killed.
         scorer, float_references: see `scoring.score_track`.
         rank: of the caller, where several ranks share OUT.
+        targets: of each track, the accompaniment included.
+        remove: what removes the scores of a track that has failed, given OUT and its name.
     """
 
     def __init__(
-        self, out: Path, jobs: int, scorer: str, float_references: bool = False, rank: int = 0
+        self,
+        out: Path,
+        jobs: int,
+        scorer: str,
+        float_references: bool = False,
+        rank: int = 0,
+        targets: int = 2,
+        remove: Callable[[Path, str], None] = remove_track,
     ):
         self.out, self.jobs, self.settings = out, jobs, (scorer, float_references)
+        self.targets, self.remove = targets, remove
         self.folder = out / f"{ESTIMATES}.{rank}"
         self.processes = make_processes(jobs)
         self.submitted = 0
@@ -108,25 +90,34 @@ class ScoringPool:
             process.terminate()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def submit(self, track: TestTrack, estimates: dict[str, np.ndarray], record: dict) -> None:
+    def submit(
+        self, track: TestTrack, estimates: dict[str, np.ndarray] | None, record: dict
+    ) -> None:
         """Queue a track.
 
         Args:
-            estimates: target -> (2, T), finite.
+            estimates: target -> (2, T), finite; None where the track reads its own.
             record: what made them: see `score_files.save_track`.
 
         Raises:
             OSError: the estimates cannot be written.
         """
-        file = self.folder / f"{self.submitted}.npy"
+        folder = self._keep(estimates) if estimates else None
+        self._collect(timeout=0)
+        self._queue(Task(track, folder, record))
+
+    def _keep(self, estimates: dict[str, np.ndarray]) -> Path:
+        """Write estimates as TARGET.npy to a folder, and return it."""
+        folder = self.folder / str(self.submitted)
         self.submitted += 1
         try:
-            np.save(file, np.stack([estimates[target] for target in TARGETS]))
+            folder.mkdir()
+            for target, estimate in estimates.items():
+                np.save(folder / f"{target}.npy", estimate)
         except OSError as error:  # numpy sets no errno
             reason = f"{error} (is the disk full?)"
             raise OSError(errno.EIO, reason, str(self.folder)) from None
-        self._collect(timeout=0)
-        self._queue(Task(track, file, record))
+        return folder
 
     def wait_for_memory(self, track: TestTrack, separation: float) -> None:
         """Wait, while other tracks are scored, until there is memory to separate and score a track.
@@ -141,7 +132,7 @@ class ScoringPool:
             MemoryError: there is not enough to separate it, though nothing is scored.
             ValueError: there is not enough to score it.
         """
-        scoring = scoring_bytes(track.seconds, self.settings[0])
+        scoring = self._scoring_bytes(track)
         needed = max(separation, scoring)
         while self.waiting and shared_memory() - self._reserved() < needed:
             self._collect()
@@ -172,13 +163,16 @@ class ScoringPool:
     def fail(self, track: TestTrack, reason: str) -> None:
         """Count a track as failed, and remove the scores it had."""
         self.failures[track.name] = reason
-        remove_track(self.out, track.name)
+        self.remove(self.out, track.name)
         report(f"{track.name}: not scored: {reason}", sys.stderr)
+
+    def _scoring_bytes(self, track: TestTrack) -> float:
+        return scoring_bytes(track.seconds, self.settings[0], self.targets)
 
     def _reserved(self) -> float:
         """Return the bytes that the tracks that are scored now may still take."""
         running = islice(self.waiting.values(), self.jobs)
-        needed = sum(scoring_bytes(task.track.seconds, self.settings[0]) for task in running)
+        needed = sum(self._scoring_bytes(task.track) for task in running)
         taken = 0
         for process in multiprocessing.active_children():
             with suppress(psutil.Error):  # it may have ended
@@ -195,7 +189,7 @@ class ScoringPool:
         self.waiting[future] = task
 
     def _start(self, task: Task) -> Future:
-        arguments = self.out, task.track, task.file, self.settings, task.record
+        arguments = self.out, task.track, task.estimates, self.settings, task.record
         future = self.processes.submit(score_file, *arguments)
         future.add_done_callback(partial(self._report, task))
         return future
@@ -211,7 +205,7 @@ class ScoringPool:
             elif not error:
                 report(describe_track(future.result()))
         if isinstance(error, ValueError) or not error:
-            task.file.unlink(missing_ok=True)
+            task.clean_up()
 
     def _collect(self, timeout: float | None = None) -> None:
         """Wait for a track at least, and take the scores that there are."""
@@ -256,7 +250,7 @@ class ScoringPool:
             self._queue(task)
 
     def _score_alone(self, task: Task) -> None:
-        needed = scoring_bytes(task.track.seconds, self.settings[0])
+        needed = self._scoring_bytes(task.track)
         reason = describe_lack("scoring", needed, shared_memory())
         if not reason:
             self.processes = make_processes(1)

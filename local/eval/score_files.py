@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from local.musdb18_tracks import TARGETS, UNFIT_FOR_NAMES
+from local.musdb18_tracks import SOURCES, TARGETS, UNFIT_FOR_NAMES
 from local.tools.files import atomic_path
 from local.tools.museval_guard import import_museval
 
@@ -26,7 +26,9 @@ METRICS = ("SDR", "SIR", "ISR", "SAR")
 # What Python raises for data of another structure than expected, for huge numbers, and for deep
 # nesting.
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
-DEFAULTS = {"float_references": False}  # settings that records of earlier versions do not have
+# Settings that records of earlier versions do not have.
+DEFAULTS = {"float_references": False, "targets": list(TARGETS)}
+FINAL_METRICS = "final_metrics.json"  # in OUT: medians and means over tracks
 AGGREGATES = {"median": np.nanmedian, "mean": np.nanmean}
 
 Scores = dict[str, dict[str, np.ndarray]]
@@ -40,15 +42,28 @@ class ScoredTrack:
     scores: Scores
     record: dict
 
+    @property
+    def targets(self) -> list[str]:
+        """Those that have scores, in the order in which they are shown."""
+        return order_targets(self.scores)
+
+    @property
+    def silent(self) -> dict[str, str]:
+        """Targets without scores -> whether the reference or the estimate is silent throughout."""
+        return self.record["silent"]
+
     def sdr_cells(self, target: str) -> tuple[float, float, float, float]:
         """Return the SDR of the mixture, that of the model, the gain, the share of NaN frames."""
+        if target not in self.scores:
+            return 4 * (np.nan,)
         mixture = self.record["mixture_SDR"][target]["median"]
         model = aggregate(np.nanmedian, self.scores[target]["SDR"])
         return mixture, model, model - mixture, self.nan_share(target)
 
-    def usdr_cells(self, target: str) -> tuple[float, float, float]:
-        """Return the uSDR of the mixture, that of the model, the gain."""
-        mixture, model = (self.record[name][target] for name in ("mixture_uSDR", "uSDR"))
+    def whole_track_cells(self, metric: str, target: str) -> tuple[float, float, float]:
+        """Return uSDR or SI_SDR of the mixture, that of the model, the gain."""
+        names = f"mixture_{metric}", metric
+        mixture, model = (self.record[name].get(target, np.nan) for name in names)
         return mixture, model, model - mixture
 
     def nan_share(self, target: str) -> float:
@@ -112,9 +127,12 @@ def save_track(out: Path, store, record: dict) -> None:
             - "saved": the format of the saved estimates, or None
             - "version": of this recipe, on which the scores do not depend
             - "clipped": file -> samples beyond full scale, see `tracks.read_track`
+            - "silent": target that has no scores -> whether its "reference" or its "estimate" is
+                silent throughout
             - "frames": their number
             - "mixture_SDR": target -> {"median", "mean"} over frames of the mixture's SDR, in dB
             - "uSDR", "mixture_uSDR": target -> SDR of the whole track, in dB
+            - "SI_SDR", "mixture_SI_SDR": the same of the scale-invariant SDR
     """
     store.validate()
     path = out / "test" / f"{store.track_name}.json"
@@ -155,17 +173,23 @@ def _hash(scores: Path, record: dict) -> str:
 
 def remove_track(out: Path, name: str) -> None:
     """Remove the scores of a track, their record and the saved estimates, where they exist."""
-    path = out / "test" / f"{name}.json"
-    audio = _audio_paths(out, name)
-    unfinished = [file.with_name(f".{file.name}.tmp") for file in audio]
-    for file in (path, _record_path(path), *audio, *unfinished):
+    remove_scores(out, name)
+    for file in _audio_paths(out, name, (*TARGETS, *SOURCES)):
         file.unlink(missing_ok=True)
+        file.with_name(f".{file.name}.tmp").unlink(missing_ok=True)
     with suppress(OSError):  # there is no such folder, or it holds files of the user
         (out / name).rmdir()
 
 
-def _audio_paths(out: Path, name: str) -> list[Path]:
-    return [out / name / f"{target}.wav" for target in TARGETS]
+def remove_scores(out: Path, name: str) -> None:
+    """Remove the scores of a track and their record, where they exist."""
+    path = out / "test" / f"{name}.json"
+    for file in (path, _record_path(path)):
+        file.unlink(missing_ok=True)
+
+
+def _audio_paths(out: Path, name: str, targets: Iterable[str]) -> list[Path]:
+    return [out / name / f"{target}.wav" for target in targets]
 
 
 def _record_path(scores: Path) -> Path:
@@ -179,7 +203,7 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
         wanted: "made_with", "files" and "saved" of the record that the run would write.
     """
     made_with = found.record["made_with"]
-    if made_with.get("checkpoint") != wanted["made_with"]["checkpoint"]:
+    if made_with.get("checkpoint") != wanted["made_with"].get("checkpoint"):
         return "made with another checkpoint"
     now = wanted["made_with"].get("model_code")
     if made_with.get("model_code", now) != now:  # records of earlier versions have none
@@ -191,11 +215,21 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
             return f"made with {key} {before}, not {now}"
     if found.record["files"] != wanted["files"]:
         return "its files have changed"
-    if any(len(found.scores.get(t, {}).get("SDR", ())) != found.record["frames"] for t in TARGETS):
+    if "SI_SDR" not in found.record:
+        return "scored by an earlier version, without SI-SDR"
+    lengths = {len(found.scores.get(t, {}).get("SDR", ())) for t in found.record["SI_SDR"]}
+    if lengths != {found.record["frames"]}:
         return "frames of it are missing"
-    audio = _audio_paths(out, found.name)
+    targets = wanted["made_with"].get("targets", DEFAULTS["targets"])
+    audio = _audio_paths(out, found.name, targets)
     is_saved = found.record["saved"] == wanted["saved"] and all(file.is_file() for file in audio)
     return f"not saved as {wanted['saved']}" if wanted["saved"] and not is_saved else ""
+
+
+def order_targets(targets: Iterable[str]) -> list[str]:
+    """Return the targets without repetition: those of MUSDB18 first, in a fixed order."""
+    found, known = set(targets), dict.fromkeys((*TARGETS, *SOURCES))
+    return [target for target in known if target in found] + sorted(found - known.keys())
 
 
 def make_track_store(name: str, scores: Scores):

@@ -87,9 +87,12 @@ def read_mixture(track: TestTrack, float32: bool = False) -> np.ndarray:
 
 
 def read_track(
-    track: TestTrack, float32: bool = False
+    track: TestTrack, float32: bool = False, with_stems: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Read a track. float32 holds 16-bit samples and their sums exactly.
+
+    Args:
+        with_stems: give the stems of the accompaniment, too.
 
     Returns:
         ({"mixture", "vocals", "accompaniment"} -> (2, T) float32,
@@ -104,6 +107,8 @@ def read_track(
             samples, count = _read(files, name, float32)
             target = name if name in ("mixture", "vocals") else "accompaniment"
             audio[target] = audio[target] + samples if target in audio else samples
+            if with_stems:
+                audio[name] = samples
             if count:
                 clipped[name] = count
     return audio, clipped
