@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         set_progress(args.quiet, args.progress)
         from local.eval.out import report_failed_access
 
-        with report_failed_access(args):
+        named = filter(None, (args.exp_dir, args.root, args.checkpoint))
+        with report_failed_access(args.exp_dir / args.out_dir, *map(Path, named)):
             failures = evaluate(args)
     if failures:
         raise SystemExit(1)
@@ -87,7 +88,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
     from local.eval.flags import check_flags, choose_device, describe_evaluation, find_test_set
     from local.eval.out import choose_share, find_scored, plan_records, prepared_out
     from local.eval.results import write_results
-    from local.eval.tracks import open_test_set
+    from local.eval.tracks import list_files, open_test_set
     from local.tools.ranks import joined_ranks
 
     check_flags(args)
@@ -98,7 +99,7 @@ def evaluate(args: Namespace) -> dict[str, str]:
         model = load_separator(args.checkpoint).to(choose_device(args.use_gpu, ranks))
         check_method_flags(model, args)
         tracks = open_test_set(args.root, model.samplerate, args.suffix)
-        with prepared_out(out, tracks, ranks):
+        with prepared_out(out, {track.name: list_files(track) for track in tracks}, ranks):
             if ranks.rank == 0:
                 print(describe_evaluation(args, model, len(tracks)), flush=True)
             records = plan_records(args, model, tracks)

@@ -42,8 +42,11 @@ from local.compare import compare
 from local.estimates import save_estimates
 from local.eval.jobs import scoring_bytes
 from local.eval.out import make_out
-from local.eval.tracks import PackedTrack
+from local.eval.results import RESULTS
+from local.eval.score_files import make_track_store, read_scores, save_track
+from local.eval.tracks import PackedTrack, list_files
 from local.inference import separate
+from local.musdb18_tracks import SOURCES
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import locked, read_yaml
@@ -153,17 +156,40 @@ def test_another_root_suffix_and_kind_of_checkpoint(experiment, tmp_path):
     assert ckpt == folder
 
 
-def test_four_stems_are_evaluated_as_vocals_and_the_sum_of_the_rest(corpus, tmp_path):
-    exp_dir = tmp_path / "run"
+def test_four_stems_and_their_accompaniment_are_saved_and_scored(own_corpus, tmp_path, capsys):
+    """Where a stem is silent, the others still are scored."""
+    exp_dir, out = tmp_path / "run", tmp_path / "run" / "out"
     flags = [*TINY_RUN, "--mix_background", "no", "--C", "4"]
-    train.main(["--exp_dir", str(exp_dir), "--root", str(corpus), *flags])
-    evaluate("--exp_dir", exp_dir, "--out_dir", "out", "--float32", "--n_save_ex", -1)
+    train.main(["--exp_dir", str(exp_dir), "--root", str(own_corpus), *flags])
+    loud, quiet = sorted(TEST_NAMES)
+    bass, rate = sf.read(own_corpus / "test" / quiet / "bass.wav", dtype="int16")
+    sf.write(own_corpus / "test" / quiet / "bass.wav", np.zeros_like(bass), rate)
+    evaluate("--exp_dir", exp_dir, "--out_dir", "out", "--float32", "--n_save_ex", 1)
     model = load_model(exp_dir / "best_model.pth")
-    for name in TEST_NAMES:
-        audio, _ = sf.read(corpus / "test" / name / "mixture.wav", dtype="float32")
-        sources = separate(model, torch.from_numpy(audio.T.copy()))
-        saved, _ = sf.read(exp_dir / "out" / name / "accompaniment.wav", dtype="float32")
-        np.testing.assert_allclose(saved, sources[1:].sum(0).T, atol=1e-6)
+    audio, _ = sf.read(own_corpus / "test" / loud / "mixture.wav", dtype="float32")
+    sources = separate(model, torch.from_numpy(audio.T.copy()))
+    expected = dict(zip(SOURCES, sources, strict=True), accompaniment=sources[1:].sum(0))
+    assert {path.stem for path in (out / loud).iterdir()} == set(expected)
+    for target, estimate in expected.items():
+        saved, _ = sf.read(out / loud / f"{target}.wav", dtype="float32")
+        np.testing.assert_allclose(saved, estimate.T, atol=1e-6)
+    scored = {name: set(read_scores(out / "test" / f"{name}.json")) for name in TEST_NAMES}
+    assert scored == {loud: set(expected), quiet: set(expected) - {"bass"}}
+    assert f"  {quiet}: bass (its reference)\n" in (out / "results.txt").read_text()
+    metrics = json.loads((out / "final_metrics.json").read_text())
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for target in expected:
+        of_target = [float(row["SI_SDR"]) for row in rows if row["target"] == target]
+        assert metrics[f"{target}_SI_SDR_mean"] == pytest.approx(np.mean(of_target), abs=1e-4)
+    # What an earlier version has scored, of vocals and accompaniment alone, is scored again.
+    for path in (out / "test").glob("*.yml"):
+        record = read_yaml(path)
+        del record["made_with"]["targets"], record["sha256"]
+        save_track(out, make_track_store(path.stem, read_scores(path.with_suffix(".json"))), record)
+    capsys.readouterr()
+    evaluate("--exp_dir", exp_dir, "--out_dir", "out", "--float32", "--n_save_ex", 1)
+    assert "2 tracks to score again, made with targets " in capsys.readouterr().out
 
 
 def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path):
@@ -206,7 +232,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_a_second_run_keeps_what_it_would_make_again(results, experiment, tmp_path, capsys):
     out, _ = results
     copy = shutil.copytree(out, tmp_path / "out")
-    before = {name: time for name, time in write_times(copy).items() if "results" not in name.name}
+    before = {name: time for name, time in write_times(copy).items() if name.name not in RESULTS}
     evaluate("--exp_dir", out.parent, "--out_dir", copy)
     assert "2 tracks scored already\n" in capsys.readouterr().out
     after = write_times(copy)
@@ -819,5 +845,5 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
 def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
     track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
     with pytest.raises(UserError, match="--out_dir: .* holds the test tracks"):
-        make_out(tmp_path / place, [track])
+        make_out(tmp_path / place, {track.name: list_files(track)})
     assert not (tmp_path / "test").exists()

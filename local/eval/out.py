@@ -14,7 +14,7 @@ from local import __version__
 from local.eval.pool import remove_estimates
 from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
-from local.eval.tracks import TestTrack, describe_files, list_files
+from local.eval.tracks import TestTrack, describe_files
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.files import LONGEST_NAME, is_failed_access, locked, sha256
 from local.tools.ranks import Ranks
@@ -26,16 +26,14 @@ FLAGS = "--out_dir", "--root"  # of eval.py, that name OUT and the tracks
 
 
 @contextmanager
-def report_failed_access(args: Namespace) -> Iterator[None]:
-    """Turn an OSError of a file that the flags name, or of a disk, into a UserError of one line."""
+def report_failed_access(out: Path, *places: Path) -> Iterator[None]:
+    """Turn an OSError in OUT or other places, or of a disk, into a UserError of one line."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        out = args.exp_dir / args.out_dir
-        named = filter(None, (args.root, args.checkpoint))
-        if not is_failed_access(error, out, args.exp_dir, *map(Path, named)):
+        if not is_failed_access(error, out, *places):
             raise
         reason = error.strerror or f"cannot be written (is the disk full?): {error}"
         raise UserError(f"{error.filename or out}: {reason}") from None
@@ -43,13 +41,14 @@ def report_failed_access(args: Namespace) -> Iterator[None]:
 
 @contextmanager
 def prepared_out(
-    out: Path, tracks: list[TestTrack], ranks: Ranks, flags: tuple[str, str] = FLAGS
+    out: Path, files: dict[str, list[Path]], ranks: Ranks, flags: tuple[str, str] = FLAGS
 ) -> Iterator[None]:
     """On rank 0, make and lock OUT, and remove the results over all tracks of an earlier run.
 
     Scores of tracks stay: see `find_scored`. Other ranks have nothing to do.
 
     Args:
+        files: track -> the files that it is read from.
         flags: those that name OUT and the tracks.
 
     Raises:
@@ -58,7 +57,7 @@ def prepared_out(
     if ranks.rank != 0:
         yield
         return
-    make_out(out, tracks, *flags)
+    make_out(out, files, *flags)
     with locked(out):
         for name in RESULTS:
             (out / name).unlink(missing_ok=True)
@@ -67,16 +66,18 @@ def prepared_out(
 
 
 def make_out(
-    out: Path, tracks: list[TestTrack], out_flag: str = FLAGS[0], root_flag: str = FLAGS[1]
+    out: Path, files: dict[str, list[Path]], out_flag: str = FLAGS[0], root_flag: str = FLAGS[1]
 ) -> None:
     """Make OUT, and in it test/ for the scores of tracks.
+
+    Args: as of `prepared_out`.
 
     Raises:
         UserError: OUT cannot be written, holds the test tracks themselves, or holds scores of
             other tracks; or a track has a name that OUT cannot have.
     """
-    names, faults = [track.name for track in tracks], []
-    inputs = {file.parent.resolve() for track in tracks for file in list_files(track)}
+    names, faults = list(files), []
+    inputs = {file.parent.resolve() for of_track in files.values() for file in of_track}
     outputs = {folder.resolve() for folder in (out, out / "test", *(out / name for name in names))}
     if inputs & outputs:
         faults.append(
