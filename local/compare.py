@@ -23,6 +23,7 @@ from local.tools.files import atomic_path
 if TYPE_CHECKING:
     import pandas as pd
 
+FORMATS = ("text", "markdown", "latex")
 FILES = ("comparison.txt", "scores.csv", "differences.csv", "scores.png")
 
 
@@ -32,13 +33,22 @@ def main(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of museval's JSON: EXP/OUT")
     add("-o", "--out", type=Path, default="comparison", help="folder to write to [%(default)s]")
     add("--targets", nargs="+", metavar="TARGET", help="to compare, after the RUNs [all]")
+    add(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="markdown, latex: print the medians as one table to paste instead [%(default)s]",
+    )
     add("--no_published", action="store_true", help="omit the published scores")
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
         from local.comparison.runs import printable
 
-        text = compare(args.runs, args.out, args.targets, not args.no_published)
-        print(f"{text}\nWritten to {printable(args.out)}: {', '.join(FILES)}")
+        text = compare(args.runs, args.out, args.targets, not args.no_published, args.format)
+        print(text)
+        is_table = args.format != FORMATS[0]  # stdout is then the table alone
+        written = f"Written to {printable(args.out)}: {', '.join(FILES)}"
+        print(written, file=sys.stderr if is_table else sys.stdout)
 
 
 def compare(
@@ -46,18 +56,24 @@ def compare(
     out: Path,
     targets: list[str] | None = None,
     with_published: bool = True,
+    form: str = FORMATS[0],
 ) -> str:
-    """Compare runs and write FILES to `out`. Return the text of comparison.txt.
+    """Compare runs and write FILES to `out`.
 
     Args:
         folders: of the runs, the baseline first.
         targets: to compare; None for all that the runs have.
+        form: one of FORMATS.
+
+    Returns:
+        the text of comparison.txt; or, in other FORMATS, a table to paste.
 
     Raises:
         UserError: lists all faults of the folders, their files and `out`; nothing is written.
     """
     import pandas as pd
 
+    from local.comparison.paste import paste_table
     from local.comparison.runs import find_missing, name_runs, read_published, read_runs
     from local.comparison.statistics import paired_differences
     from local.comparison.tables import describe
@@ -84,7 +100,7 @@ def compare(
     if with_published and not len(shared):
         text += "\nThese runs hold no track and target that has a published score.\n"
     write_files(out, text, scores, differences)
-    return text
+    return text if form == FORMATS[0] else paste_table(runs, scores, form)
 
 
 def write_files(out: Path, text: str, scores: pd.DataFrame, differences: pd.DataFrame) -> None:

@@ -71,9 +71,7 @@ def score(args: Namespace) -> dict[str, str]:
     check_flags(args)
     tracks, notes = find_folder_tracks(args.references, args.estimates)
     with prepared_out(args.out, {track.name: track.files for track in tracks}, Ranks(), FLAGS):
-        print(
-            "\n".join([f"{plural(len(tracks), 'track')} of {args.estimates}", *notes]), flush=True
-        )
+        print(f"{plural(len(tracks), 'track')} of {args.estimates}", *notes, sep="\n", flush=True)
         records = {track: make_record(track, args.scorer) for track in tracks}
         scored, missing = find_scored(args.out, records, Ranks())
         found, failures = score_tracks(missing, args)

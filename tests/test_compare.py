@@ -11,15 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local.compare import FILES, compare, main
-from local.comparison.runs import (
-    find_method_notes,
-    name_runs,
-    order_targets,
-    read_published,
-    read_runs,
-)
+from local.comparison.runs import find_method_notes, name_runs, read_published, read_runs
 from local.comparison.statistics import describe_paired, paired_differences
-from local.eval.score_files import METRICS
+from local.eval.score_files import METRICS, order_targets
 from local.tools.command_line import UserError
 
 PUBLISHED = SHARED / "data" / "museval_scores"
@@ -270,6 +264,39 @@ def test_the_command(tmp_path):
     assert result.stdout.startswith(text)
 
 
+@pytest.mark.parametrize("form", ["markdown", "latex"])
+def test_a_table_to_paste_is_all_that_stdout_has(form, tmp_path, capsys):
+    first = write_run(tmp_path / "a_b", targets=("vocals", "drums", "accompaniment"))
+    second = write_run(tmp_path / "c&d|e", tracks=(HEART,), shift=1.5)
+    main([str(first), str(second), "-o", str(tmp_path / "out"), "--format", form])
+    printed = capsys.readouterr()
+    assert f"Written to {tmp_path / 'out'}" in printed.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert compare([first, second], tmp_path / "text") == (
+        (tmp_path / "out" / "comparison.txt").read_text(encoding="utf-8")
+    )
+    if form == "markdown":
+        table, _, notes = printed.out.partition("\n\n")
+        lines = [line.strip("| ").replace(" | ", " & ") for line in table.splitlines()]
+        names, lines = [r"a\_b", r"c&d\|e"], [lines[0], *lines[2:]]
+    else:
+        notes, _, table = printed.out.partition("\\begin{tabular}{llrrrrr}\n")
+        lines = [line.removesuffix(r" \\") for line in table.splitlines() if " & " in line]
+        names = [r"a\_b", r"c\&d\textbar{}e"]
+        assert {line[0] for line in notes.splitlines()} == {"%"}
+        assert table.endswith("\\bottomrule\n\\end{tabular}\n")
+    assert lines[:4] == [
+        "Target & Run & Tracks & SDR & SIR & ISR & SAR",
+        f"vocals & {names[0]} & 2 & 2.50 & 2.50 & 2.50 & 2.50",
+        f"vocals & {names[1]} & 1 & 2.50 & 2.50 & 2.50 & 2.50",
+        "vocals & published non-causal & 1 & 6.95 & - & - & -",
+    ]
+    assert [line.split(" & ")[:2] for line in lines if line.startswith("drums")] == [
+        ["drums", names[0]]
+    ]
+    assert "different tracks" in notes and "Medians over tracks" in notes
+
+
 def test_comparing_needs_no_torch(tmp_path):
     words = [str(write_run(tmp_path / "run")), "--out", str(tmp_path / "out")]
     code = f"import sys, local.compare; local.compare.main({words!r});"
@@ -322,6 +349,12 @@ def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error
     ):
         assert f"\n  {fault}" in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_results_over_tracks_are_no_track(tmp_path):
+    run = write_run(tmp_path / "exp" / "out")
+    (run / "final_metrics.json").write_text('{"vocals_SDR_median": 6}')
+    assert set(read_table(run=tmp_path / "exp")["track"]) == {KNOCKOUT, HEART}
 
 
 def test_tracks_that_are_there_twice(tmp_path, error_of):

@@ -92,7 +92,7 @@ def test_passes_of_any_targets():
     assert stems == (["vocals", "drums"], ["drums"])
     assert pair == (list(TARGETS), list(TARGETS))
     for targets, silent in ((["vocals"], []), (["vocals", "drums"], ["drums"]), ([], [])):
-        with pytest.raises(ValueError, match="two targets or more"):
+        with pytest.raises(ValueError, match="needs two targets or more"):
             list(plan_passes(targets, silent))
 
 

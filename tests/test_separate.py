@@ -25,7 +25,7 @@ from local import separate as command
 from local.checkpoint import load_model
 from local.estimates import save_estimates
 from local.inference import separate
-from local.musdb18_tracks import TARGETS
+from local.musdb18_tracks import SOURCES, TARGETS
 from local.songs.read import SongReader
 from local.streaming import StreamingConvTasNet
 from local.tools.command_line import CLOSED_PIPE
@@ -44,8 +44,9 @@ def separate_songs(*args) -> int:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    kinds = {"non-causal": {}, "causal": dict(causal=True, norm_type="cLN"), "mono": {}}
+    kinds = {"non-causal": {}, "causal": dict(causal=True, norm_type="cLN"), "mono": {}, "four": {}}
     kinds["mono"] = dict(audio_channels=1)
+    kinds["four"] = dict(causal=True, norm_type="cLN", C=4)
     for name, kind in kinds.items():
         random_model({**SMALL, **kind}).save_pretrained(folder / name)
     return {name: folder / name for name in kinds}
@@ -479,6 +480,31 @@ def test_a_stream_is_the_whole_forward(target, checkpoints, mixture, stream):
     found = from_bytes(out, channels=len(expected[target]))
     torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
     assert "latency 7 samples (0.4 ms)" in error
+
+
+def test_a_model_of_four_stems_gives_them_all(checkpoints, mixture, stream, tmp_path):
+    with torch.no_grad():
+        sources = load_model(checkpoints["four"])(mixture[None])[0]
+    expected = dict(zip(SOURCES, sources, strict=True), accompaniment=sources[1:].sum(0))
+    sf.write(tmp_path / "song.wav", mixture.T.numpy(), RATE, "FLOAT")
+    flags = ["--checkpoint", checkpoints["four"], "--out", tmp_path / "out", "--float32"]
+    assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full") == 0
+    saved = read(tmp_path / "out" / "song")
+    assert saved.keys() == expected.keys()
+    for target, estimate in expected.items():
+        np.testing.assert_allclose(saved[target], estimate.T, atol=1e-6)
+    expected["both"] = torch.cat([expected["vocals"], expected["accompaniment"]])
+    for target in ("drums", "accompaniment", "both"):
+        status, out, _ = stream(to_bytes(mixture), target, checkpoint="four")
+        assert status == 0
+        found = from_bytes(out, channels=len(expected[target]))
+        torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
+
+
+def test_a_target_that_the_model_does_not_give(stream):
+    status, out, error = stream(b"", "drums")
+    assert (status, out) == (2, b"")
+    assert "--stream drums: the model gives vocals, accompaniment" in error
 
 
 def test_a_stream_between_ffmpeg_and_ffmpeg(checkpoints, tmp_path):

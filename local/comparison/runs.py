@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from local.eval.score_files import METRICS, order_targets, read_method, read_scores, summarise
+from local.eval.score_files import (
+    FINAL_METRICS,
+    METRICS,
+    order_targets,
+    read_method,
+    read_scores,
+    summarise,
+)
 from local.musdb18_tracks import UNFIT_FOR_NAMES
 from local.tools.command_line import UserError, plural
 
@@ -94,6 +101,10 @@ def find_scores(run: Path) -> dict[str, Path]:
     files = sorted(
         path for path in folder.rglob("[!.]*") if path.name.endswith(SUFFIXES) and not path.is_dir()
     )
+    # That of eval.py is beside test/, where tracks are.
+    files = [
+        path for path in files if path.name != FINAL_METRICS or not (path.parent / "test").is_dir()
+    ]
     below = sorted({path.parent.parent for path in files if path.parent.name == "test"})
     is_training_run = any(path.name == TRAINING_FILE for path in files)
     if not files or folder == run and (is_training_run or len(below) > 1):

@@ -19,7 +19,7 @@ def describe(runs: dict[str, Path], scores: pd.DataFrame, differences: pd.DataFr
     """Return the text of comparison.txt."""
     names, targets = scores["run"].unique(), order_targets(scores["target"])
     lines = align([[name, printable(runs.get(name, PUBLISHED_ORIGIN))] for name in names], left=2)
-    if set(names) - set(runs) and (notes := find_method_notes(runs)):
+    if notes := method_notes(runs, scores):
         lines += ["", *notes]
     lines += ["", "Medians over tracks of the median over frames, in dB; last the mean over tracks"]
     for target in targets:
@@ -37,6 +37,11 @@ def describe(runs: dict[str, Path], scores: pd.DataFrame, differences: pd.DataFr
     for target in targets:
         lines += ["", *track_table(scores, target)]
     return "\n".join(lines) + "\n"
+
+
+def method_notes(runs: dict[str, Path], scores: pd.DataFrame) -> list[str]:
+    """Return which runs the published scores in the table are not comparable with, a line each."""
+    return find_method_notes(runs) if set(scores["run"]) - set(runs) else []
 
 
 def summary_table(scores: pd.DataFrame, target: str) -> list[str]:

@@ -101,15 +101,15 @@ class Report:
 
     def __init__(self):
         self.faults: list[str] = []
-        self.notes: dict[str, list[str]] = {}
+        self.notes: dict[str, dict[str, None]] = {}  # text -> tracks, in order
 
     def note(self, text: str, track: str) -> None:
-        self.notes.setdefault(text, []).append(track)
+        self.notes.setdefault(text, {})[track] = None
 
     def describe_notes(self) -> list[str]:
-        """Return a line per note: in how many tracks, and the first of them."""
+        """Return a line per note: of how many tracks or files, and the first of them."""
         return [
-            f"{text}: {plural(len(tracks), 'track')}, first {tracks[0]}"
+            f"{text}: {len(tracks)}, first {next(iter(tracks))}"
             for text, tracks in self.notes.items()
         ]
 
@@ -148,7 +148,7 @@ def find_folder_tracks(references: Path, estimates: Path) -> tuple[list[FolderTr
         f" {references}; rename or remove it"
         for name in sorted(found.keys() - true.keys())
     ]
-    for name in true.keys() - found.keys():
+    for name in sorted(true.keys() - found.keys()):
         report.note("references without estimates, not scored", name)
     shared = sorted(found.keys() & true.keys(), key=str)
     single = os.path.basename(os.path.abspath(references))
@@ -197,7 +197,7 @@ def open_track(
     name: str, references: Files, estimates: Files, report: Report
 ) -> FolderTrack | None:
     """Return a track, or None with what is wrong appended to the faults."""
-    faults = []
+    faults = find_name_faults(estimates)
     if "mixture" in estimates:
         report.note("estimates of the mixture, not scored", name)
     estimates = {target: file for target, file in estimates.items() if target != "mixture"}
@@ -237,9 +237,7 @@ def check_headers(
     if faults:
         return None
     first, *others = infos
-    rate, channels, length = (
-        getattr(infos[first], k) for k in ("samplerate", "channels", "frames")
-    )
+    rate, channels, length = infos[first].samplerate, infos[first].channels, infos[first].frames
     for file in others:
         info = infos[file]
         if (info.samplerate, info.channels) != (rate, channels):

@@ -70,7 +70,7 @@ def final_metrics(scored: list[ScoredTrack]) -> dict[str, float | None]:
             values = np.array([row[metric] for row in rows])
             for name, function in AGGREGATES.items():
                 value = float(aggregate(function, values))
-                found[f"{target}_{metric}_{name}"] = value if np.isfinite(value) else None
+                found[f"{target}_{metric}_{name}"] = round(value, 5) if np.isfinite(value) else None
     return found
 
 

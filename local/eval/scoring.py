@@ -129,8 +129,8 @@ def plan_passes(
         yield audible, [target for target in audible if not (has_pair and target in TARGETS)]
     elif not has_pair:
         raise ValueError(
-            "BSSEval compares two targets or more; there are these, or these are not silent"
-            f" throughout: {', '.join(audible) or 'none'}"
+            "BSSEval needs two targets or more that are not silent throughout; there is only"
+            f" {', '.join(audible) or 'none'}"
         )
     if has_pair:
         yield list(TARGETS), list(TARGETS)
