@@ -24,6 +24,7 @@ from conftest import (
     slow,
     write_corpus,
     write_song,
+    write_track,
 )
 
 from local.checkpoint import load_model
@@ -63,6 +64,7 @@ SMALLER = {
     "torchrun --nproc_per_node 4 eval.py": [],
     "python eval.py": [],
     "python -m local.compare": [],
+    "python -m local.score": [],
     "python -m local.separate": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
     "python tests/benchmark.py train": ["--seconds", "0.1", "--compile", "no", *TINY_BENCHMARK],
@@ -133,6 +135,10 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
         shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
         words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]
+    if kind == "python -m local.score":
+        for number, track in enumerate((checkout / "MUSDB18" / "test").iterdir()):
+            write_track(tmp_path / "exp" / "OUT" / track.name, seconds=2.3, seed=number)
+        words[-1] = str(tmp_path / "scores")
     if kind == "python -m local.compare":
         scores = {
             "targets": [{"name": "vocals", "frames": [{"metrics": dict.fromkeys(METRICS, 6)}]}]
