@@ -2,15 +2,17 @@
 
 import os
 import subprocess
+import unicodedata
 from functools import cache
 from pathlib import Path
 
 import pytorch_lightning as pl
 
-from local.musdb18_tracks import DEMO_NOTE, VALIDATION_TRACKS
+from local.musdb18_tracks import DEMO_NOTE
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
+NAMES = ROOT / "local" / "musdb18_names.txt"  # of the 150 tracks of both splits
 MUSDB18_LICENSE = {
     "title": MUSDB18,
     "title_link": "https://sigsep.github.io/datasets/musdb.html",
@@ -28,7 +30,7 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         name: [track.name for track in getattr(loader.dataset, "tracks", ())]
         for name, loader in loaders.items()
     }
-    dataset = name_dataset(Path(system.config["data"]["root"]), sum(tracks.values(), []))
+    dataset = name_dataset(Path(system.config["data"]["root"]), tracks["training_tracks"])
     infos = {
         "commit": find_commit(),
         "code": describe_code(),
@@ -37,18 +39,25 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         "val_loss": val_loss,
         **tracks,
     }
-    licenses = [MUSDB18_LICENSE] if dataset == MUSDB18 else []
+    licenses = [MUSDB18_LICENSE] if dataset.startswith(MUSDB18) else []
     return {"infos": infos, "dataset": dataset, "licenses": licenses}
 
 
 def name_dataset(root: Path, tracks: list[str]) -> str:
-    """MUSDB18 where any track of it is known by its name, and so in copies of parts of it, too.
-
-    The names that are known are those of the validation tracks, of which every copy has some.
+    """What training tracks are. Those of MUSDB18 are known by their names, also in a part of it and
+    among others, whatever a file system does to accents and capitals.
     """
     if (root / DEMO_NOTE).is_file():
         return "synthetic songs of local.demo_musdb18"
-    return MUSDB18 if set(tracks) & set(VALIDATION_TRACKS) else f"tracks of {root}"
+    known = set(map(_normalise, NAMES.read_text(encoding="utf-8").splitlines()))
+    found = known & set(map(_normalise, tracks))
+    if not found:
+        return f"tracks of {root}"
+    return MUSDB18 if len(found) == len(tracks) else f"{MUSDB18}, and other tracks of {root}"
+
+
+def _normalise(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @cache  # of the code as it was when the run started
