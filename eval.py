@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from local.tools.choices import SCORERS, SUFFIXES, add_method_flags
-from local.tools.command_line import OneLineParser, brief, clear_errors
+from local.tools.command_line import OneLineParser, clear_errors
 from local.tools.progress import add_progress_flags, set_progress
+from local.tools.slurm import requeueing
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait for
     import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait f
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    with clear_errors(parser.prog):
+    with clear_errors(parser.prog), requeueing():
         args = parser.parse_args(argv)
         set_progress(args.quiet, args.progress)
         from local.eval.out import report_failed_access
@@ -128,12 +129,9 @@ def separate_and_score(
     from local.estimates import save_estimates
     from local.eval.pool import ScoringPool, choose_jobs
     from local.eval.score_files import remove_track
-    from local.needs import advise_on_memory, separation_bytes
-    from local.tools.memory import is_out_of_memory
+    from local.needs import describe_failure, separation_bytes
 
-    needs = {
-        track: separation_bytes(model, track.seconds, args.method, args.fast) for track in records
-    }
+    needs = {track: separation_bytes(model, track.seconds, args) for track in records}
     most = max(needs.values(), default=0)
     jobs = args.jobs or choose_jobs(list(records), args.scorer, ranks.local_count, most)
     with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank) as pool:
@@ -148,13 +146,7 @@ def separate_and_score(
                     save_estimates(out / track.name, estimates, track.rate, args.float32)
                 pool.submit(track, estimates, record)
             except Exception as error:
-                if is_out_of_memory(error):
-                    advice = advise_on_memory(args, "--use_gpu 0" if args.use_gpu else "")
-                    pool.fail(track, f"out of memory: {brief(error)}{advice}")
-                elif isinstance(error, ValueError):
-                    pool.fail(track, str(error))
-                else:
-                    raise
+                pool.fail(track, describe_failure(error, args, "--use_gpu 0" * args.use_gpu))
         return pool.finish()
 
 

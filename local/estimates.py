@@ -3,6 +3,7 @@
 eval.py and local.separate share it.
 """
 
+import inspect
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from local import inference
-from local.checkpoint import load_model
+from local.checkpoint import find_weights, load_model
 from local.musdb18_tracks import TARGETS
 from local.tools.command_line import UserError, plural
-from local.tools.files import atomic_path
+from local.tools.files import atomic_path, sha256
 from local.tools.progress import Lines, show_progress
 from local.tools.wav import WavWriter
 
@@ -43,6 +44,29 @@ def check_method_flags(model: nn.Module, args: Namespace) -> None:
             inference.check_method(model, method, args.segment, args.overlap, args.fast)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
+
+
+def describe_settings(args: Namespace, model: nn.Module) -> dict:
+    """Return what estimates depend on beside their song: equal settings give equal estimates."""
+    segments = {"segment": args.segment, "overlap": args.overlap}
+    return {
+        "checkpoint": sha256(find_weights(args.checkpoint)),
+        "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
+        "method": args.method,
+        **(segments if args.method == "overlap-add" else {}),
+    }
+
+
+def find_changed_setting(before: dict, now: dict) -> str:
+    """Return which setting differs, "" if none does."""
+    if before.get("checkpoint") != now["checkpoint"]:
+        return "made with another checkpoint"
+    if before.get("model_code", now["model_code"]) != now["model_code"]:  # earlier versions: none
+        return "made with other code of the model"
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key) and key != "model_code":
+            return f"made with {key} {before.get(key)}, not {now.get(key)}"
+    return ""
 
 
 def separate_targets(

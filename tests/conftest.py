@@ -311,6 +311,22 @@ def run_command(
     return run_python(ROOT / script, *args, cwd=cwd, **options)
 
 
+def imitate_slurm(folder: Path, status: int = 0) -> dict[str, str]:
+    """Makes a `scontrol` that notes its arguments in FOLDER/asked, and ends with a status.
+
+    Returns:
+        the variables of a process that srun has started.
+    """
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    note = f'echo "$@" >>"{folder}/asked"; echo disabled >&2; exit {status}'
+    scontrol.write_text(f"#!/bin/sh\n{note}")
+    scontrol.chmod(0o755)
+    ranks = dict(SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    job = dict(SLURM_JOB_ID="7", SLURM_JOB_NAME="a", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="1")
+    return {**ranks, **job, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+
+
 def reset_signals() -> None:
     """For a child process: a background job of a shell ignores Ctrl-C, one under nohup a closed
     terminal, and so do their children.

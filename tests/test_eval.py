@@ -24,6 +24,7 @@ from conftest import (
     TEST_NAMES,
     TINY_RUN,
     forward,
+    imitate_slurm,
     run_command,
     run_python,
     start_python,
@@ -428,6 +429,20 @@ def test_ctrl_c_ends_the_run_and_its_scoring_processes(experiment, long_corpus, 
     assert "Traceback" not in printed
     check_that_all_end(process.pid)
     assert not (out / "results.txt").exists()
+    assert not any(out.glob(".estimates*"))
+
+
+def test_an_evaluation_that_slurm_ends_in_time_requeues_its_job(experiment, long_corpus, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--exp_dir", experiment, "--root", long_corpus, "--out_dir", out, "--jobs", 2]
+    process = start(ROOT / "eval.py", *flags, own_process=True, **imitate_slurm(tmp_path))
+    wait_for(process, lambda: any(out.glob("test/[!.]*.json")))
+    os.killpg(process.pid, signal.SIGUSR1)  # all processes, as srun does
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 138
+    assert "SLURM has requeued job 7" in printed
+    assert "killed" not in printed and "Traceback" not in printed
+    check_that_all_end(process.pid)
     assert not any(out.glob(".estimates*"))
 
 

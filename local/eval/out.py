@@ -1,6 +1,5 @@
 """The folder OUT: no file of others is overwritten, and no old scores stay beside new ones."""
 
-import inspect
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -10,13 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from local import __version__
-from local.checkpoint import find_weights
+from local.estimates import describe_settings
 from local.eval.pool import remove_estimates
 from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
 from local.eval.tracks import TestTrack, describe_files, list_files
 from local.tools.command_line import UserError, plural, raise_together
-from local.tools.files import LONGEST_NAME, is_failed_access, locked, sha256
+from local.tools.files import LONGEST_NAME, is_failed_access, locked
 from local.tools.ranks import Ranks
 
 
@@ -93,24 +92,15 @@ def make_out(out: Path, tracks: list[TestTrack]) -> None:
         raise UserError(f"--out_dir: {out} cannot be written: {error.strerror}") from None
 
 
-def describe_settings(args: Namespace, model: nn.Module) -> dict:
-    """Return what the scores of a track depend on: equal settings give equal scores."""
-    segments = {"segment": args.segment, "overlap": args.overlap}
-    return {
-        "checkpoint": sha256(find_weights(args.checkpoint)),
-        "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
-        "method": args.method,
-        **(segments if args.method == "overlap-add" else {}),
-        "scorer": args.scorer,
-        "float_references": args.float_references,
-    }
-
-
 def plan_records(
     args: Namespace, model: nn.Module, tracks: list[TestTrack]
 ) -> dict[TestTrack, dict]:
     """Return track -> the record that its scores will have: see `score_files.save_track`."""
-    settings = describe_settings(args, model)
+    settings = {
+        **describe_settings(args, model),
+        "scorer": args.scorer,
+        "float_references": args.float_references,
+    }
     kind = "FLOAT" if args.float32 else "PCM_16"
     count = len(tracks) if args.n_save_ex == -1 else args.n_save_ex
     return {

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from local.estimates import find_changed_setting
 from local.musdb18_tracks import TARGETS, UNFIT_FOR_NAMES
 from local.tools.files import atomic_path
 from local.tools.museval_guard import import_museval
@@ -107,7 +108,7 @@ def save_track(out: Path, store, record: dict) -> None:
     Args:
         store: a museval.TrackStore.
         record: a dict of
-            - "made_with": the settings that the scores depend on, see `out.describe_settings`
+            - "made_with": the settings that the scores depend on, see `out.plan_records`
             - "files": the files of the track, see `tracks.describe_files`
             - "saved": the format of the saved estimates, or None
             - "version": of this recipe, on which the scores do not depend
@@ -178,17 +179,10 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     Args:
         wanted: "made_with", "files" and "saved" of the record that the run would write.
     """
-    made_with = found.record["made_with"]
-    if made_with.get("checkpoint") != wanted["made_with"]["checkpoint"]:
-        return "made with another checkpoint"
-    now = wanted["made_with"].get("model_code")
-    if made_with.get("model_code", now) != now:  # records of earlier versions have none
-        return "made with other code of the model"
-    for key in {**wanted["made_with"], **made_with}:
-        before = made_with.get(key, DEFAULTS.get(key))
-        now = wanted["made_with"].get(key, DEFAULTS.get(key))
-        if before != now and key != "model_code":
-            return f"made with {key} {before}, not {now}"
+    if change := find_changed_setting(
+        {**DEFAULTS, **found.record["made_with"]}, wanted["made_with"]
+    ):
+        return change
     if found.record["files"] != wanted["files"]:
         return "its files have changed"
     if any(len(found.scores.get(t, {}).get("SDR", ())) != found.record["frames"] for t in TARGETS):

@@ -15,8 +15,9 @@ from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
 from local.tools.memory import is_out_of_memory
 from local.tools.progress import keep
+from local.tools.slurm import requeue_job
 from local.train.display import describe_early_end
-from local.train.interrupts import Interrupted, Interrupts, requeue_job
+from local.train.interrupts import Interrupted, Interrupts
 from local.train.loaders import LARGER_SHARED_MEMORY, SHARED_MEMORY
 
 
