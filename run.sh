@@ -186,7 +186,7 @@ elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     use_gpu=1
 fi
 
-trap : USR1 # which srun sends to train.py as well: that saves a checkpoint and ends
+trap : USR1 # which srun sends to train.py and eval.py as well: they end by it
 if [ "$stage" -le 1 ] || [ -n "$check" ]; then
     say "stage 1: training"
     status=0
