@@ -12,7 +12,7 @@ from local.musdb18_tracks import DEMO_NOTE
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
-NAMES = ROOT / "local" / "musdb18_names.txt"  # of the 150 tracks of both splits
+NAMES = Path(__file__).with_name("musdb18_names.txt")  # of the 150 tracks of both splits
 MUSDB18_LICENSE = {
     "title": MUSDB18,
     "title_link": "https://sigsep.github.io/datasets/musdb.html",
