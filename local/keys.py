@@ -16,6 +16,8 @@ class Key(NamedTuple):
 
     Args:
         least: the smallest value.
+        most: the largest value.
+        below: a number above all values.
         above_zero: any number above zero.
         limit: at least 1, or -1 for no limit.
         choices: all there are.
@@ -26,6 +28,8 @@ class Key(NamedTuple):
 
     kind: type
     least: int | None = None
+    most: float = math.inf
+    below: float = math.inf
     above_zero: bool = False
     limit: bool = False
     choices: tuple[str, ...] = ()
@@ -54,7 +58,13 @@ KEYS = {
         "batch_size": Key(int, least=1),
         "num_workers": Key(int, least=0, is_free=True),
         "half_lr": Key(bool),
+        "lr_patience": Key(int, least=0),
         "early_stop": Key(bool),
+        "patience": Key(int, least=1),
+        "keep_best": Key(int, least=1, is_free=True),
+        "loss": Key(str),  # local/losses.py has the choices
+        "clip_norm": Key(float, above_zero=True),
+        "ema": Key(float, least=0, below=1),
         "aggregate": Key(int, least=1),
         "seed": Key(int, least=0),
         "accelerator": Key(str, choices=("auto", "cpu", "gpu"), is_free=True),
@@ -69,12 +79,20 @@ KEYS = {
         "max_skipped_steps": Key(int, least=1, is_free=True),
         "checkpoint_every": Key(str, is_free=True),
     },
-    "optim": {"lr": Key(float, above_zero=True)},
+    "optim": {
+        "optimizer": Key(str, choices=("adam", "adamw")),
+        "lr": Key(float, above_zero=True),
+        "weight_decay": Key(float, least=0),
+    },
     "data": {
         "root": Key(str, is_path=True, is_free=True),
         "mix_background": Key(bool),
         "segment": Key(float, above_zero=True),
         "samples_per_track": Key(int, least=1),
+        "mix_tracks": Key(bool),
+        "gain_min": Key(float, least=0),
+        "gain_max": Key(float, above_zero=True),
+        "swap": Key(float, least=0, most=1),
         "sample_rate": Key(int),
         "suffix": Key(str, choices=SUFFIXES),
         "valid_tracks": Key(str, is_path=True, is_free=True),
@@ -89,6 +107,7 @@ def find_faults(conf: dict) -> list[str]:
     """What is wrong with the values of a configuration, a line each, named by their flags."""
     import torch
 
+    from local.losses import LOSSES
     from local.models import find_model_faults
 
     values = {name: conf[section][name] for section, keys in KEYS.items() for name in keys}
@@ -118,6 +137,15 @@ def find_faults(conf: dict) -> list[str]:
         faults.append(f"--C must be {targets} with --mix_background {word}, got {values['C']}")
     if values["audio_channels"] != 2:
         faults.append(f"--audio_channels must be 2 (stereo), got {values['audio_channels']}")
+    if values["loss"] not in LOSSES:
+        faults.append(
+            f"--loss must be one of {', '.join(LOSSES)} (local/losses.py), got {values['loss']}"
+        )
+    if values["gain_min"] > values["gain_max"]:
+        faults.append(
+            f"--gain_min must not be above --gain_max, got {values['gain_min']} and"
+            f" {values['gain_max']}"
+        )
     if values["accelerator"] == "gpu" and not torch.cuda.is_available():
         faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
     return faults + find_model_faults(conf)
@@ -125,8 +153,10 @@ def find_faults(conf: dict) -> list[str]:
 
 def _find_broken_rules(value, key: Key) -> Iterator[str]:
     """What a value must be and is not."""
-    if key.least is not None and value < key.least:
-        yield f"at least {key.least}"
+    if key.least is not None and not (key.least <= value <= key.most and value < key.below):
+        most = f" and at most {key.most}" if key.most < math.inf else ""
+        below = f" and below {key.below}" if key.below < math.inf else ""
+        yield f"at least {key.least}{most}{below}"
     if key.above_zero and not 0 < value < math.inf:
         yield "a number above 0"
     if key.limit and value < 1 and value != -1:

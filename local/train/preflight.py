@@ -41,7 +41,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
     if resume not in ("auto", "never") and not Path(resume).is_file():
         faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     if is_first and conf["main_args"]["exp_dir"]:
-        faults += find_folder_faults(exp_dir, count_parameters(conf) if is_valid else 0)
+        parameters = count_parameters(conf) if is_valid else 0
+        faults += find_folder_faults(exp_dir, conf["training"], parameters)
     if conf["training"]["num_workers"] > 0:
         try:
             make_socket_folder()

@@ -11,6 +11,7 @@ WARNINGS = (
     "Experiment logs directory",
     "Checkpoint directory",
     "You're resuming from a checkpoint",
+    "The checkpoint was not created with WeightAveraging",
 )
 
 
