@@ -45,4 +45,9 @@ class SISDRLoss(nn.Module):
         return torch.where(targets.any(1), losses, 0).mean()
 
 
-LOSSES = {"l1": nn.L1Loss, "mse": nn.MSELoss, "sdr": SDRLoss, "si_sdr": SISDRLoss}
+LOSSES = {
+    "l1": nn.L1Loss,
+    "mse": nn.MSELoss,
+    "sdr": SDRLoss,
+    "si_sdr": SISDRLoss,
+}
