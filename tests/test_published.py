@@ -204,7 +204,7 @@ def test_what_the_published_script_holds_fixed_can_be_set(build_published):
     (group,) = run.system.optimizer.param_groups
     assert type(run.system.optimizer) is torch.optim.AdamW
     assert (group["weight_decay"], group["lr"], group["fused"]) == (0.1, 0.0005, True)
-    assert run.system.scheduler[0].patience == 3
+    assert run.system.scheduler.patience == 3
     assert run.trainer.gradient_clip_val == 2
     (stopper,) = find_callbacks(run.trainer, EarlyStopping)
     (keeper,) = find_callbacks(run.trainer, ModelCheckpoint)
@@ -219,7 +219,7 @@ def test_a_better_val_loss_is_one_below_in_any_unit(name, mode, build_published)
     """With "rel", -9.9999 dB would count as better than -10 dB."""
     system = build_published("--loss", name).system
     assert type(system.loss_func) is LOSSES[name]
-    assert system.scheduler[0].threshold_mode == mode
+    assert system.scheduler.threshold_mode == mode
 
 
 def test_batches_are_of_shuffled_items_and_the_incomplete_one_is_dropped(build_published):
