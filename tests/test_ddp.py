@@ -31,7 +31,7 @@ def shared_flags(corpus, tmp_path_factory) -> list[str]:
     names = tmp_path_factory.mktemp("names") / "valid.txt"
     names.write_text("\n".join(TRAIN_NAMES[:3]), encoding="utf-8")
     flags = ["--root", corpus, *TINY_RUN, "--accelerator", "cpu", "--valid_tracks", names]
-    flags += ["--samples_per_track", "24", "--epochs", "2", "--aggregate", "2"]
+    flags += ["--samples_per_track", "24", "--epochs", "2", "--aggregate", "2", "--ema", "0.5"]
     return [str(flag) for flag in flags]
 
 

@@ -59,8 +59,7 @@ def move_average(averaging, device) -> None:
     """Moves the averaged model of a WeightAveraging to the device of a run.
 
     Lightning makes it before the model is moved, so it would stay on the CPU, and every step would
-    copy all weights there. Its own argument `device` moves the count of the steps as well, which
-    torch reads at every step, and so would wait for a GPU.
+    copy all weights there. Its argument `device` would do, if the device were known before.
     """
     averaging._average_model.module.to(device)
 

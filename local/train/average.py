@@ -12,9 +12,11 @@ from local.tools.private import move_average
 class WeightAverage(WeightAveraging):
     """An exponential moving average of the weights, and of the buffers that are no whole numbers.
 
-    After every step it is decay * average + (1 - decay) * weights, from the weights after the
-    first step on. Validation is of the average, and checkpoints have it as `state_dict`; the
+    After every step it is decay * average + (1 - decay) * weights; it begins with the weights after
+    the first step. Validation is of the average, and checkpoints have it as `state_dict`; the
     weights that are trained are their `current_model_state`.
+
+    On a GPU a step waits for the device, as torch reads how many weights it has averaged.
 
     Lightning's EMAWeightAveraging computes the same, but rounds weights that never change, and
     counters, away from what they are.
