@@ -31,7 +31,7 @@ def shared_flags(corpus, tmp_path_factory) -> list[str]:
     names = tmp_path_factory.mktemp("names") / "valid.txt"
     names.write_text("\n".join(TRAIN_NAMES[:3]), encoding="utf-8")
     flags = ["--root", corpus, *TINY_RUN, "--accelerator", "cpu", "--valid_tracks", names]
-    flags += ["--samples_per_track", "24", "--epochs", "2", "--aggregate", "2", "--ema", "0.5"]
+    flags += ["--samples_per_track", "24", "--epochs", "2", "--aggregate", "2"]
     return [str(flag) for flag in flags]
 
 
@@ -77,6 +77,15 @@ def test_two_devices_train_what_one_process_trains(alone, shared_flags, tmp_path
     for words in ("24 items = 6 batches of 2 per device", "2 x CPU", "epoch 1: ", "trained for 2"):
         assert result.stdout.count(words) == 1
     assert result.stderr == ""
+
+
+def test_two_devices_average_what_one_process_averages(shared_flags, tmp_path):
+    flags = [*shared_flags, "--ema", "0.5", "--epochs", "1"]
+    train.main(["--exp_dir", str(tmp_path / "alone"), *flags, "--batch_size", "4"])
+    both = ["--exp_dir", tmp_path / "both", *flags, *TWO_RANKS, "--devices", "2"]
+    result = run_command("train.py", *both)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "both", tmp_path / "alone")
 
 
 PROBE = """
