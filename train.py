@@ -83,24 +83,36 @@ def make_datasets(conf: dict, tracks: list):
         data["samples_per_track"],
         data["mix_background"],
         conf["training"]["seed"],
+        data["mix_tracks"],
+        (data["gain_min"], data["gain_max"]),
+        data["swap"],
     )
     return train_set, TrackDataset(validation, data["mix_background"])
 
 
 def make_system(conf: dict, model, train_set, valid_set):
-    """The System: model, Adam, L1 loss, loaders, and the schedule of the learning rate."""
+    """The System: model, optimizer, loss, loaders, and the schedule of the learning rate."""
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+    from local.losses import LOSSES
     from local.system import MusicSystem
     from local.train.loaders import make_loaders
 
     train_loader, valid_loader = make_loaders(conf, train_set, valid_set)
-    optimizer = torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"], fused=True)
-    loss_func = torch.nn.L1Loss()
+    training, optim = conf["training"], conf["optim"]
+    make_optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim["optimizer"]]
+    optimizer = make_optimizer(
+        model.parameters(), lr=optim["lr"], weight_decay=optim["weight_decay"], fused=True
+    )
+    loss_func = LOSSES[training["loss"]]()
     scheduler = None
-    if conf["training"]["half_lr"]:
-        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+    if training["half_lr"]:
+        # A loss in dB is below zero, where a share of it would count a worse one as better.
+        mode = "abs" if getattr(loss_func, "is_in_decibels", False) else "rel"
+        scheduler = ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=training["lr_patience"], threshold_mode=mode
+        )
     return MusicSystem(model, optimizer, loss_func, train_loader, valid_loader, scheduler, conf)
 
 
@@ -121,9 +133,10 @@ def make_trainer(conf: dict, items: int, valid_tracks: int):
     from local.train.devices import make_trainer_on_devices
 
     training = conf["training"]
-    callbacks = [BestCheckpoints(Path(conf["main_args"]["exp_dir"])), *make_run_callbacks(conf)]
+    best = BestCheckpoints(Path(conf["main_args"]["exp_dir"]), training["keep_best"])
+    callbacks = [best, *make_run_callbacks(conf)]
     if training["early_stop"]:
-        callbacks.append(EarlyStopping("val_loss", mode="min", patience=20))
+        callbacks.append(EarlyStopping("val_loss", mode="min", patience=training["patience"]))
     return make_trainer_on_devices(
         conf,
         items,
@@ -131,7 +144,7 @@ def make_trainer(conf: dict, items: int, valid_tracks: int):
         max_epochs=training["epochs"],
         precision=training["precision"],
         accumulate_grad_batches=training["aggregate"],
-        gradient_clip_val=5.0,
+        gradient_clip_val=training["clip_norm"],
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         num_sanity_val_steps=0,

@@ -1,5 +1,6 @@
 """Models on disk: load_model reads every kind of checkpoint, save_best_model writes ours."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -8,9 +9,10 @@ from huggingface_hub.constants import (
     PYTORCH_WEIGHTS_NAME,
     SAFETENSORS_SINGLE_FILE,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from local.config import KEYS, add_defaults
+from local.config import add_defaults
+from local.keys import KEYS
 from local.models import MODELS, PUBLISHED, build_model, model_args, model_name
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
@@ -18,17 +20,20 @@ from local.tools.files import read_yaml
 from local.tools.weights import load_checkpoint, restore_model, save_atomically, software_versions
 
 
-def save_best_model(path: Path, model: nn.Module, conf: dict, origin: dict | None = None) -> None:
+def save_best_model(
+    path: Path, state: Mapping[str, Tensor], conf: dict, origin: dict | None = None
+) -> None:
     """Writes a best_model.pth: plain data, complete enough to rebuild the model from it alone.
 
     Args:
+        state: of the model, its `state_dict`.
         origin: the entries infos, dataset and licenses, as asteroid calls them.
     """
     origin = origin or {"infos": {}, "dataset": "unknown", "licenses": []}
     content = {
         "model_name": model_name(conf),
         "model_args": model_args(conf),
-        "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "state_dict": {name: tensor.cpu() for name, tensor in state.items()},
         "infos": {"software_versions": software_versions(), **origin["infos"]},
         "dataset": origin["dataset"],
         "task": "music source separation",

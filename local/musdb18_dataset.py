@@ -47,7 +47,7 @@ class Reading:
 
 
 class SegmentDataset(Dataset):
-    """Random segments: every stem of an item comes from another random track.
+    """Random segments with augmentation.
 
     An item is a pure function of (seed, epoch, index), so it is the same for any number of
     workers, on any rank and after resuming. The dataset is indexed by (epoch, index); an index
@@ -59,6 +59,10 @@ class SegmentDataset(Dataset):
         samples_per_track: an epoch has len(tracks) * samples_per_track items.
         mix_background: whether the targets are vocals and the sum of the others, or all of SOURCES.
         seed: of the random segments.
+        mix_tracks: whether every stem of an item comes from a random track and place of its own;
+            else all are from one.
+        gains: the least and the largest gain of a stem.
+        swap: the probability that the channels of a stem are swapped.
 
     Raises:
         DatasetError: lists the tracks that are shorter than a segment.
@@ -71,6 +75,9 @@ class SegmentDataset(Dataset):
         samples_per_track: int = 64,
         mix_background: bool = True,
         seed: int = 0,
+        mix_tracks: bool = True,
+        gains: tuple[float, float] = (0.25, 1.25),
+        swap: float = 0.5,
     ):
         short = [
             f"{track.folder.parent.name}/{track.name}: {track.seconds:.2f} s, shorter than"
@@ -81,6 +88,7 @@ class SegmentDataset(Dataset):
         raise_dataset_faults(tracks[0].folder.parents[1], short)
         self.tracks, self.length, self.samples_per_track = tracks, length, samples_per_track
         self.mix_background, self.seed = mix_background, seed
+        self.mix_tracks, self.gains, self.swap = mix_tracks, gains, swap
         self.reading = Reading()
 
     def __len__(self) -> int:
@@ -108,17 +116,28 @@ class SegmentDataset(Dataset):
             if not isinstance(position, tuple):
                 position = 0, range(len(self))[position]  # an IndexError ends a for loop
             rng = np.random.default_rng((self.seed, *position))
-            mix_targets((self.draw_stem(source, rng) for source in SOURCES), *item)
+            place = None if self.mix_tracks else self.draw_place(rng)
+            mix_targets((self.draw_stem(source, rng, place) for source in SOURCES), *item)
         return batch
 
-    def draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
-        """(samples of a segment, (2, length); what to multiply them by), augmented."""
-        number = rng.integers(len(self.tracks))
+    def draw_place(self, rng: np.random.Generator) -> tuple[int, int]:
+        """(number of a track, first sample of a segment in it)."""
+        number = int(rng.integers(len(self.tracks)))
+        return number, int(rng.integers(self.tracks[number].length - self.length + 1))
+
+    def draw_stem(
+        self, source: str, rng: np.random.Generator, place: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.float32]:
+        """(samples of a segment, (2, length); what to multiply them by), augmented.
+
+        Args:
+            place: as of `draw_place`; None for one of its own.
+        """
+        number, start = place or self.draw_place(rng)
         self.reading.note(number, SOURCES.index(source))
         track = self.tracks[number]
-        start = int(rng.integers(track.length - self.length + 1))
-        gain = np.float32(rng.uniform(0.25, 1.25))
-        swap = rng.random() < 0.5
+        gain = np.float32(rng.uniform(*self.gains))
+        swap = rng.random() < self.swap
         samples, unit = track.read_samples(source, start, self.length)
         return (samples[::-1] if swap else samples), gain * unit
 

@@ -19,7 +19,8 @@ class MusicSystem(System):
 
     Logs `loss` of the batches at the log interval, and of an epoch `val_loss` and `val_sdr_TARGET`,
     means over the tracks of all ranks. Everything else that a run does is done by the callbacks in
-    local/train. No training step waits for the device, unless the optimizer is not fused.
+    local/train. No training step waits for the device, unless the optimizer is not fused, or
+    with --ema.
     """
 
     # Of the last optimizer step, on the device.

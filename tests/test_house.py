@@ -14,8 +14,8 @@ import local
 # A module imports modules of its own floor and of those below it.
 FLOORS = (
     ("local.tools", "local"),
-    ("local.tasnet", "local.musdb18_tracks", "local.sdr", "local.stems"),
-    ("local.models", "local.musdb18_dataset", "local.config", "local.checkpoint"),
+    ("local.tasnet", "local.musdb18_tracks", "local.sdr", "local.losses", "local.stems"),
+    ("local.models", "local.musdb18_dataset", "local.keys", "local.config", "local.checkpoint"),
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates", "local.raw_stream"),

@@ -581,6 +581,24 @@ def test_items_equal_a_plain_implementation_bit_for_bit(own_corpus, subtype, mix
         assert mixture.is_contiguous() and targets.is_contiguous()
 
 
+@pytest.mark.parametrize(("gains", "swap"), [((0.5, 0.5), 0), ((0.75, 2), 1)])
+def test_stems_of_one_track_are_from_one_place_with_gains_and_swaps_of_their_own(
+    tracks, gains, swap
+):
+    dataset = SegmentDataset(tracks, 1001, 4, False, 5, mix_tracks=False, gains=gains, swap=swap)
+    places = set()
+    for index in range(len(dataset)):
+        rng = np.random.default_rng((5, 2, index))
+        number = rng.integers(len(tracks))
+        start = rng.integers(tracks[number].length - 1001 + 1)
+        places.add((number, start))
+        for source, target in zip(SOURCES, dataset[2, index][1].numpy(), strict=True):
+            gain, _ = np.float32(rng.uniform(*gains)), rng.random()
+            segment = whole_file(tracks[number].path(source))[:, start : start + 1001]
+            np.testing.assert_array_equal(target, gain * segment[:: -1 if swap else 1])
+    assert len(places) == len(dataset)
+
+
 def plain_targets(tracks, length: int, seed: tuple, mix_background: bool) -> list[np.ndarray]:
     rng, stems = np.random.default_rng(seed), []
     for source in SOURCES:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from local.train.average import WeightAverage
 from local.train.checkpoints import LastCheckpoints, RandomStates
 from local.train.devices import EndOtherRanks
 from local.train.display import Forecast, make_progress
@@ -21,7 +22,7 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
     """The callbacks that keep a run alive, keep its records and show it."""
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
     interrupts = Interrupts()
-    return [
+    callbacks = [
         EndOtherRanks(),
         interrupts,
         make_progress(),
@@ -34,3 +35,5 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
         RandomStates(),
         LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts),
     ]
+    # Its on_train_end makes the model the average, which LastCheckpoints must not see.
+    return [*callbacks, WeightAverage(training["ema"])] if training["ema"] else callbacks

@@ -1,5 +1,6 @@
 """The first screen of a run: the model, the data and the objects as they were made."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -45,14 +46,15 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
         f" {training['batch_size']} per device,"
         f" {plural(training['aggregate'], 'batch', 'batches')} to an optimizer step",
         "end": _describe_limits(training, trainer),
-        "loss": describe_object(system.loss_func),
+        "loss": _describe_loss(system.loss_func),
         "optimizer": f"{describe_optimizer(system.optimizer)}; seed {training['seed']}",
         "schedule": ", ".join(map(describe_object, list_schedules(system))) or "none",
+        **_describe_average(training),
         "devices": f"{_describe_devices(trainer)}, precision {training['precision']},"
         f" memory {training['memory']}, compile {training['compile']}",
         "versions": describe_versions(),
         "code": f"{__version__}, commit {find_commit()}",
-        "output": f"{exp_dir}, {describe_disk(exp_dir, parameters)}",
+        "output": f"{exp_dir}, {describe_disk(exp_dir, training, parameters)}",
     }
     lines = [f"{name:<11}{text}" for name, text in rows.items()]
     return "\n".join(lines + ([resumed.describe(conf, trainer)] if resumed else []))
@@ -63,6 +65,18 @@ def describe_model(model: torch.nn.Module) -> str:
     if not isinstance(model, ConvTasNetStereo):
         return name
     return f"{name}, {'causal' if model.causal else 'non-causal'}, {model.norm_type}"
+
+
+def _describe_loss(loss_func: Callable) -> str:
+    note = getattr(loss_func, "note", "")
+    return f"{describe_object(loss_func)}; {note}" if note else describe_object(loss_func)
+
+
+def _describe_average(training: dict) -> dict[str, str]:
+    """A row for --ema, and none without."""
+    if not training["ema"]:
+        return {}
+    return {"average": f"of the weights, with decay {training['ema']}, is validated and kept"}
 
 
 def _describe_limits(training: dict, trainer: pl.Trainer) -> str:

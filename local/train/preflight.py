@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.config import find_faults
+from local.keys import find_faults
 from local.models import count_parameters
 from local.musdb18_tracks import SOURCES, DatasetError, Track, find_tracks, raise_dataset_faults
 from local.tools.choices import SUFFIXES
@@ -41,7 +41,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
     if resume not in ("auto", "never") and not Path(resume).is_file():
         faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
     if is_first and conf["main_args"]["exp_dir"]:
-        faults += find_folder_faults(exp_dir, count_parameters(conf) if is_valid else 0)
+        parameters = count_parameters(conf) if is_valid else 0
+        faults += find_folder_faults(exp_dir, conf["training"], parameters)
     if conf["training"]["num_workers"] > 0:
         try:
             make_socket_folder()
