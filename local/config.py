@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from local.tools.choices import FAST, MEMORY, SUFFIXES
+from local.tools.choices import FAST, MEMORY, MISSING_STEMS, SUFFIX
 from local.tools.command_line import OneLineParser, UserError, raise_together, suggest
 from local.tools.files import read_yaml
 from local.tools.progress import add_progress_flags
-from local.tools.values import as_kind, describe_wrong_kind, read_word
+from local.tools.values import as_kind, describe_wrong_kind, join_paths, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 INTERVAL = re.compile(r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)")
@@ -78,12 +78,14 @@ KEYS = {
     },
     "optim": {"lr": Key(float, above_zero=True)},
     "data": {
-        "root": Key(str, is_path=True, is_free=True),
+        "root": Key(list, is_path=True, is_free=True),
         "mix_background": Key(bool),
         "segment": Key(float, above_zero=True),
         "samples_per_track": Key(int, least=1),
         "sample_rate": Key(int),
-        "suffix": Key(str, choices=SUFFIXES),
+        "suffix": Key(str, choices=SUFFIX, is_free=True),
+        "stem_names": Key(str),
+        "missing_stems": Key(str, choices=MISSING_STEMS),
         "valid_tracks": Key(str, is_path=True, is_free=True),
         "max_valid_tracks": Key(int, limit=True),
     },
@@ -115,7 +117,9 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
             raise UserError(f"--conf {error}") from None
         parser.set_defaults(**{key: conf[name][key] for name, keys in KEYS.items() for key in keys})
         flags = vars(parser.parse_args(argv))
-    parsed = {section: {key: flags[key] for key in keys} for section, keys in KEYS.items()}
+    parsed = {
+        section: {key: join_paths(flags[key]) for key in keys} for section, keys in KEYS.items()
+    }
     parsed["main_args"] |= {option: flags[option] for option in OPTIONS}
     name = parsed["training"]["model"]
     if name in conf and name not in KEYS:
@@ -159,7 +163,8 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
             shown += "" if default == "" else " [%(default)s]"
             names = [f"--{name}", "--n_src"] if name == "C" else [f"--{name}"]
             kind = os.path.expanduser if key.is_path else partial(read_word, key.kind)
-            group.add_argument(*names, dest=name, default=default, type=kind, help=shown)
+            words = {"type": kind, "nargs": "+" if key.kind is list else None}
+            group.add_argument(*names, dest=name, default=default, help=shown, **words)
     return parser
 
 
@@ -246,6 +251,7 @@ def find_faults(conf: dict) -> list[str]:
     import torch
 
     from local.models import find_model_faults
+    from local.musdb18_tracks import find_data_faults
 
     values = {name: conf[section][name] for section, keys in KEYS.items() for name in keys}
     faults = []
@@ -260,12 +266,7 @@ def find_faults(conf: dict) -> list[str]:
             "--checkpoint_every must look like '30 min' or '500 steps',"
             f" got '{values['checkpoint_every']}'"
         )
-    if not values["root"]:
-        faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
-    elif not Path(values["root"]).is_dir():
-        faults.append(f"--root: no such folder: {values['root']}")
-    if values["valid_tracks"] and not Path(values["valid_tracks"]).is_file():
-        faults.append(f"--valid_tracks: no such file: {values['valid_tracks']}")
+    faults += find_data_faults(conf["data"])
     if not values["exp_dir"]:
         faults.append("--exp_dir must not be empty")
     targets = 2 if values["mix_background"] else 4

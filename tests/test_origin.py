@@ -10,9 +10,14 @@ import train
 from local import demo_musdb18
 from local.config import parse_conf
 from local.musdb18_tracks import VALIDATION_TRACKS
+from local.tracks.track import Place
 from local.train import origin
 from local.train.origin import find_commit, name_dataset
 from local.train.recipe import describe_code
+
+
+def make_places(root, names) -> list[Place]:
+    return [Place(root / "train" / name, name, name, root, "train") for name in names]
 
 
 def read_best(exp_dir) -> dict:
@@ -61,13 +66,19 @@ def test_a_model_of_ones_own_tracks_is_none_of_musdb18(tmp_path):
     ],
 )
 def test_which_data_are_musdb18(tracks, is_musdb18, tmp_path):
-    assert (name_dataset(tmp_path, list(tracks)) == "MUSDB18") is is_musdb18
+    assert (name_dataset([tmp_path], make_places(tmp_path, tracks)) == "MUSDB18") is is_musdb18
 
 
 def test_the_demo_is_not_musdb18_although_its_validation_tracks_are_called_so(tmp_path):
     demo_musdb18.claim(tmp_path / "demo", {"seed": 0})
-    name = name_dataset(tmp_path / "demo", list(demo_musdb18.VALID_NAMES))
+    demo, own = tmp_path / "demo", tmp_path / "own"
+    songs = make_places(demo, demo_musdb18.VALID_NAMES)
+    name = name_dataset([demo], songs)
     assert "demo" in name and "MUSDB18" not in name
+    both = name_dataset([demo, own], songs + make_places(own, ["Me - One"]))
+    assert str(own) in both and "MUSDB18" not in both
+    musdb = make_places(own, VALIDATION_TRACKS[:1])
+    assert name_dataset([demo, own], songs + musdb) == "MUSDB18"
 
 
 # The commit

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from local.musdb18_tracks import DEMO_NOTE, VALIDATION_TRACKS
+from local.tracks.roots import list_roots
+from local.tracks.track import Place
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
@@ -28,7 +30,12 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         name: [track.name for track in getattr(loader.dataset, "tracks", ())]
         for name, loader in loaders.items()
     }
-    dataset = name_dataset(Path(system.config["data"]["root"]), sum(tracks.values(), []))
+    places = [
+        track.place
+        for loader in loaders.values()
+        for track in getattr(loader.dataset, "tracks", ())
+    ]
+    dataset = name_dataset(list_roots(system.config["data"]["root"]), places)
     infos = {
         "commit": find_commit(),
         "code": describe_code(),
@@ -41,14 +48,19 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
     return {"infos": infos, "dataset": dataset, "licenses": licenses}
 
 
-def name_dataset(root: Path, tracks: list[str]) -> str:
+def name_dataset(roots: list[Path], places: list[Place]) -> str:
     """MUSDB18 where any track of it is known by its name, and so in copies of parts of it, too.
 
     The names that are known are those of the validation tracks, of which every copy has some.
     """
-    if (root / DEMO_NOTE).is_file():
+    if all(map(_is_demo, roots)):
         return "synthetic songs of local.demo_musdb18"
-    return MUSDB18 if set(tracks) & set(VALIDATION_TRACKS) else f"tracks of {root}"
+    names = {place.own_name for place in places if not _is_demo(place.root)}
+    return MUSDB18 if names & set(VALIDATION_TRACKS) else f"tracks of {', '.join(map(str, roots))}"
+
+
+def _is_demo(root: Path) -> bool:
+    return (root / DEMO_NOTE).is_file()
 
 
 @cache  # of the code as it was when the run started
