@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
@@ -23,7 +22,8 @@ from local.tools.command_line import (
 )
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.files import atomic_path, is_foreign
-from local.tools.progress import add_progress_flags, set_progress, show_progress
+from local.tools.jobs import run_jobs
+from local.tools.progress import add_progress_flags, set_progress
 
 SUFFIX = ".stem.mp4"
 # The audio streams of a file, in their order.
@@ -92,23 +92,9 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
         raise UserError(f"{root} holds no train/TRACK{SUFFIX} or test/TRACK{SUFFIX}")
     folders = {path: split_folder / track_name(path) for path, split_folder in files.items()}
     missing = {path: folder for path, folder in folders.items() if not folder.exists()}
-    faults = []
-    bar = show_progress("decoded", len(missing), "tracks")
-    with ThreadPoolExecutor(jobs) as pool, bar:
-        futures = [pool.submit(decode_track, *item) for item in missing.items()]
-        try:
-            for future in as_completed(futures):
-                fault = future.exception()
-                if isinstance(fault, UserError):
-                    faults.append(str(fault))
-                elif fault is not None:
-                    raise fault
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # else the pool would decode all tracks first
-            raise
+    _, faults = run_jobs(decode_track, list(missing.items()), jobs, "decoded", "tracks")
     done = plural(len(missing) - len(faults), "track")
-    raise_together(sorted(faults), heading=f"{done} decoded, {len(faults)} failed")
+    raise_together(faults, heading=f"{done} decoded, {len(faults)} failed")
     return len(missing), len(folders) - len(missing)
 
 
