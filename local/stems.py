@@ -1,7 +1,7 @@
 """Convert MUSDB18, one .stem.mp4 file per track, to wav files in the layout of MUSDB18-HQ.
 
-`python -m local.stems ROOT OUT` decodes ROOT/{train,test}/TRACK.stem.mp4 to
-OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
+`python -m local.stems ROOT OUT` decodes ROOT/{train,valid,test}/TRACK.stem.mp4 to
+OUT/{train,valid,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
 """
 
 import os
@@ -26,6 +26,7 @@ from local.tools.jobs import run_jobs
 from local.tools.progress import add_progress_flags, set_progress
 
 SUFFIX = ".stem.mp4"
+SPLITS = ("train", "valid", "validation", "test")
 # The audio streams of a file, in their order.
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")
 
@@ -87,7 +88,7 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
             lists after decoding the others.
     """
     need_ffmpeg()
-    files = {path: out / split for split in ("train", "test") for path in stem_files(root, split)}
+    files = {path: out / split for split in SPLITS for path in stem_files(root, split)}
     if not files:
         raise UserError(f"{root} holds no train/TRACK{SUFFIX} or test/TRACK{SUFFIX}")
     folders = {path: split_folder / track_name(path) for path, split_folder in files.items()}

@@ -110,7 +110,7 @@ def _open_track(
 ) -> Track | None:
     """The track in a folder; or None, with what is wrong appended to `faults`."""
     try:
-        finder = _Finder(rules, sorted(os.listdir(place.path)))
+        finder = Finder(rules, sorted(os.listdir(place.path)))
     except OSError as error:
         faults.append(f"{place}: cannot be read: {error.strerror}")
         return None
@@ -122,7 +122,7 @@ def _open_track(
     return None if finder.faults else track
 
 
-class _Finder:
+class Finder:
     """Finds the files of the stems in the listing of a folder.
 
     Args:
