@@ -54,7 +54,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
             make_socket_folder()
         except UserError as error:
             faults.append(str(error))
-    if not find_data_faults(data) and data["suffix"] in SUFFIX:
+    # The files are checked as well where a list of validation tracks is missing.
+    if data["suffix"] in SUFFIX and not find_data_faults({**data, "valid_tracks": ""}):
         keys = ("sample_rate", "suffix", "stem_names", "missing_stems")
         try:
             tracks = find_tracks(data["root"], TRAINING_SPLITS, *(data[key] for key in keys))
