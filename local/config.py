@@ -9,7 +9,7 @@ from local.keys import KEYS
 from local.tools.command_line import OneLineParser, UserError, raise_together, suggest
 from local.tools.files import read_yaml
 from local.tools.progress import add_progress_flags
-from local.tools.values import as_kind, describe_wrong_kind, read_word
+from local.tools.values import as_kind, describe_wrong_kind, join_paths, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
 # Flags alone: how to run, no part of the configuration.
@@ -37,7 +37,9 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
             raise UserError(f"--conf {error}") from None
         parser.set_defaults(**{key: conf[name][key] for name, keys in KEYS.items() for key in keys})
         flags = vars(parser.parse_args(argv))
-    parsed = {section: {key: flags[key] for key in keys} for section, keys in KEYS.items()}
+    parsed = {
+        section: {key: join_paths(flags[key]) for key in keys} for section, keys in KEYS.items()
+    }
     parsed["main_args"] |= {option: flags[option] for option in OPTIONS}
     name = parsed["training"]["model"]
     if name in conf and name not in KEYS:
@@ -81,7 +83,8 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
             shown += "" if default == "" else " [%(default)s]"
             names = [f"--{name}", "--n_src"] if name == "C" else [f"--{name}"]
             kind = os.path.expanduser if key.is_path else partial(read_word, key.kind)
-            group.add_argument(*names, dest=name, default=default, type=kind, help=shown)
+            words = {"type": kind, "nargs": "+" if key.kind is list else None}
+            group.add_argument(*names, dest=name, default=default, help=shown, **words)
     return parser
 
 

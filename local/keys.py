@@ -3,10 +3,9 @@
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from local.tools.choices import FAST, MEMORY, SUFFIXES
+from local.tools.choices import FAST, MEMORY, MISSING_STEMS, SUFFIX
 
 INTERVAL = re.compile(r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)")
 
@@ -85,7 +84,7 @@ KEYS = {
         "weight_decay": Key(float, least=0),
     },
     "data": {
-        "root": Key(str, is_path=True, is_free=True),
+        "root": Key(list, is_path=True, is_free=True),
         "mix_background": Key(bool),
         "segment": Key(float, above_zero=True),
         "samples_per_track": Key(int, least=1),
@@ -94,7 +93,9 @@ KEYS = {
         "gain_max": Key(float, above_zero=True),
         "swap": Key(float, least=0, most=1),
         "sample_rate": Key(int),
-        "suffix": Key(str, choices=SUFFIXES),
+        "suffix": Key(str, choices=SUFFIX, is_free=True),
+        "stem_names": Key(str),
+        "missing_stems": Key(str, choices=MISSING_STEMS),
         "valid_tracks": Key(str, is_path=True, is_free=True),
         "max_valid_tracks": Key(int, limit=True),
     },
@@ -109,6 +110,7 @@ def find_faults(conf: dict) -> list[str]:
 
     from local.losses import LOSSES
     from local.models import find_model_faults
+    from local.musdb18_tracks import find_data_faults
 
     values = {name: conf[section][name] for section, keys in KEYS.items() for name in keys}
     faults = []
@@ -123,12 +125,7 @@ def find_faults(conf: dict) -> list[str]:
             "--checkpoint_every must look like '30 min' or '500 steps',"
             f" got '{values['checkpoint_every']}'"
         )
-    if not values["root"]:
-        faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
-    elif not Path(values["root"]).is_dir():
-        faults.append(f"--root: no such folder: {values['root']}")
-    if values["valid_tracks"] and not Path(values["valid_tracks"]).is_file():
-        faults.append(f"--valid_tracks: no such file: {values['valid_tracks']}")
+    faults += find_data_faults(conf["data"])
     if not values["exp_dir"]:
         faults.append("--exp_dir must not be empty")
     targets = 2 if values["mix_background"] else 4

@@ -28,6 +28,15 @@ class MusicSystem(System):
     step_skipped = None  # 1 if that was not finite, else 0
     _sdr_sum = 0  # see `sum_sdr`
 
+    @staticmethod
+    def config_to_hparams(dic):
+        """As asteroid's, which makes tensors of lists, and cannot of a list of roots."""
+        text = {
+            section: {key: str(v) if isinstance(v, list) else v for key, v in keys.items()}
+            for section, keys in dic.items()
+        }
+        return System.config_to_hparams(text)
+
     def on_fit_start(self):
         training = self.config["training"]
         self._separate_segments, note = choose_forward(self.model, training, self.device)

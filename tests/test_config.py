@@ -130,7 +130,7 @@ def test_faults_of_the_values_are_reported_together():
         "--norm_type must be one of gLN, cLN, BN, id, got 'GLN'",
         "--epochs must be at least 1, or -1 for no limit, got 0",
         "--lr must be a number above 0, got -1.0",
-        "--suffix must be one of wav, flac, got mp3",
+        "--suffix must be one of auto, wav, flac, got mp3",
         "--precision must be one of",
         "--max_steps must be at least 1, or -1 for no limit, got 0",
         "--segment must be a number above 0, got nan",

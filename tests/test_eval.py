@@ -48,6 +48,7 @@ from local.inference import separate
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import locked, read_yaml
+from local.tracks.track import Place
 
 
 def evaluate(*args) -> None:
@@ -722,7 +723,7 @@ def test_an_experiment_without_a_model_or_a_root(tmp_path, experiment, error_of,
     for content, words in {
         "data: 3": "--root is needed",
         "data: {root: 5}": "no such folder: 5",
-        "data: {root: x, suffix: mp3}": "data.suffix must be wav or flac, got mp3",
+        "data: {root: x, suffix: mp3}": "data.suffix must be one of auto, wav, flac, got mp3",
         "- 1": "expected sections",
     }.items():
         (tmp_path / "conf.yml").write_text(content)
@@ -832,7 +833,8 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
 
 @pytest.mark.parametrize("place", ["", "test"])
 def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
-    track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
+    file = tmp_path / "test" / "A.stem.mp4"
+    track = PackedTrack(Place(file, "A", "A", tmp_path, "test"), RATE)
     with pytest.raises(UserError, match="--out_dir: .* holds the test tracks"):
         make_out(tmp_path / place, [track])
     assert not (tmp_path / "test").exists()

@@ -11,9 +11,14 @@ import train
 from local import demo_musdb18
 from local.config import parse_conf
 from local.musdb18_tracks import VALIDATION_TRACKS
+from local.tracks.track import Place
 from local.train import origin
 from local.train.origin import find_commit, name_dataset
 from local.train.recipe import describe_code
+
+
+def make_places(root, names) -> list[Place]:
+    return [Place(root / "train" / name, name, name, root, "train") for name in names]
 
 
 def read_best(exp_dir) -> dict:
@@ -73,14 +78,21 @@ def test_the_names_of_musdb18_are_those_of_its_150_tracks():
     ],
 )
 def test_which_data_are_musdb18(tracks, dataset, tmp_path):
-    assert name_dataset(tmp_path, list(tracks)) == dataset.replace("ROOT", str(tmp_path))
+    found = name_dataset([tmp_path], make_places(tmp_path, tracks))
+    assert found == dataset.replace("ROOT", str(tmp_path))
 
 
 def test_the_demo_is_not_musdb18_although_its_validation_tracks_are_called_so(tmp_path):
     train_names = [*demo_musdb18.VALID_NAMES, "Artist 01 - Song 1"]
     demo_musdb18.claim(tmp_path / "demo", {"seed": 0})
-    name = name_dataset(tmp_path / "demo", train_names)
+    demo, own = tmp_path / "demo", tmp_path / "own"
+    songs = make_places(demo, train_names)
+    name = name_dataset([demo], songs)
     assert "demo" in name and "MUSDB18" not in name
+    both = name_dataset([demo, own], songs + make_places(own, ["Me - One"]))
+    assert str(own) in both and "MUSDB18" not in both
+    musdb = make_places(own, VALIDATION_TRACKS[:1])
+    assert name_dataset([demo, own], songs + musdb).startswith("MUSDB18, and other tracks of")
 
 
 # The commit

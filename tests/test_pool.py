@@ -108,7 +108,7 @@ class GreedyTrack(FatalTrack):
 
 
 def as_kind(kind: type, track: Track, times: Path | None = None) -> Track:
-    fields = track.folder, track.suffix, track.rate, track.length
+    fields = track.place, track.rate, track.length, track.stems
     return kind(*fields, main=os.getpid(), times=times)
 
 

@@ -28,11 +28,11 @@ def cut(path, share=0.9) -> None:
 def test_files_that_end_badly_are_listed(tmp_path):
     root = write_corpus(tmp_path, "flac")
     tracks = find_tracks(root, "train", RATE, "flac")
-    check_files(root, tracks)
+    check_files(tracks)
     cut(tracks[0].path("bass"))
     cut(tracks[2].path("vocals"))
     with pytest.raises(DatasetError) as error:
-        check_files(root, find_tracks(root, "train", RATE, "flac"))
+        check_files(find_tracks(root, "train", RATE, "flac"))
     heading, *lines = str(error.value).splitlines()
     assert heading.startswith(f"--root: 2 faults in {root};")
     for line, path in zip(lines, (tracks[0].path("bass"), tracks[2].path("vocals")), strict=True):
@@ -46,9 +46,9 @@ def test_a_check_finds_damage_in_the_middle_of_a_flac(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    check_files(root, tracks)
+    check_files(tracks)
     with pytest.raises(DatasetError, match=f"1 fault in .*\n  {path}: damaged after 0.4"):
-        check_files(root, tracks, whole=True)
+        check_files(tracks, whole=True)
 
 
 def test_a_place_that_will_not_do(tmp_path, monkeypatch):

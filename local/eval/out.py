@@ -28,7 +28,7 @@ def report_failed_access(args: Namespace) -> Iterator[None]:
         raise
     except OSError as error:
         out = args.exp_dir / args.out_dir
-        named = filter(None, (args.root, args.checkpoint))
+        named = filter(None, (*(args.root or ()), args.checkpoint))
         if not is_failed_access(error, out, args.exp_dir, *map(Path, named)):
             raise
         reason = error.strerror or f"cannot be written (is the disk full?): {error}"

@@ -1,9 +1,13 @@
 """The values of settings: a word of the command line, or a value of YAML, as the kind expected."""
 
 import argparse
+import os
 import re
 
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
+KIND_NAMES = {
+    **{int: "a whole number", float: "a number", bool: "yes or no", str: "text"},
+    list: "a path or a list of paths",
+}
 WORDS = {
     **dict.fromkeys(("yes", "true", "y", "1"), True),
     **dict.fromkeys(("no", "false", "n", "0"), False),
@@ -29,6 +33,9 @@ def as_kind(value, kind: type):
     Raises:
         TypeError: it is another kind.
     """
+    if kind is list:
+        is_list = type(value) is list
+        return [as_kind(each, str) for each in value] if is_list else as_kind(value, str)
     if kind is str and value is None:
         return ""
     if kind is str and isinstance(value, bool):
@@ -38,6 +45,12 @@ def as_kind(value, kind: type):
     if type(value) is not kind:
         raise TypeError
     return value
+
+
+def join_paths(value):
+    """A list of one path as that path, of several with ~ expanded; other values as they are."""
+    paths = list(map(os.path.expanduser, value)) if isinstance(value, list) else [value]
+    return paths[0] if len(paths) == 1 else paths
 
 
 def describe_wrong_kind(name: str, value, kind: type) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from local.musdb18_tracks import DEMO_NOTE
+from local.tracks.roots import list_roots
+from local.tracks.track import Place
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
@@ -30,7 +32,8 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         name: [track.name for track in getattr(loader.dataset, "tracks", ())]
         for name, loader in loaders.items()
     }
-    dataset = name_dataset(Path(system.config["data"]["root"]), tracks["training_tracks"])
+    places = [track.place for track in getattr(system.train_loader.dataset, "tracks", ())]
+    dataset = name_dataset(list_roots(system.config["data"]["root"]), places)
     infos = {
         "commit": find_commit(),
         "code": describe_code(),
@@ -43,17 +46,26 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
     return {"infos": infos, "dataset": dataset, "licenses": licenses}
 
 
-def name_dataset(root: Path, tracks: list[str]) -> str:
+def name_dataset(roots: list[Path], places: list[Place]) -> str:
     """What training tracks are. Those of MUSDB18 are known by their names, also in a part of it and
     among others, whatever a file system does to accents and capitals.
     """
-    if (root / DEMO_NOTE).is_file():
+    if all(map(_is_demo, roots)):
         return "synthetic songs of local.demo_musdb18"
     known = set(map(_normalise, NAMES.read_text(encoding="utf-8").splitlines()))
-    found = known & set(map(_normalise, tracks))
-    if not found:
-        return f"tracks of {root}"
-    return MUSDB18 if len(found) == len(tracks) else f"{MUSDB18}, and other tracks of {root}"
+    others = [place for place in places if not _is_musdb18(place, known)]
+    tracks = f"tracks of {', '.join(map(str, roots))}"
+    if len(others) == len(places):
+        return tracks
+    return f"{MUSDB18}, and other {tracks}" if others else MUSDB18
+
+
+def _is_musdb18(place: Place, known: set[str]) -> bool:
+    return not _is_demo(place.root) and _normalise(place.own_name) in known
+
+
+def _is_demo(root: Path) -> bool:
+    return (root / DEMO_NOTE).is_file()
 
 
 def _normalise(name: str) -> str:

@@ -12,10 +12,17 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from local.keys import find_faults
 from local.models import count_parameters
-from local.musdb18_tracks import SOURCES, DatasetError, Track, find_tracks, raise_dataset_faults
-from local.tools.choices import SUFFIXES
+from local.musdb18_tracks import (
+    TRAINING_SPLITS,
+    DatasetError,
+    Track,
+    find_data_faults,
+    find_tracks,
+)
+from local.tools.choices import SUFFIX
 from local.tools.command_line import UserError, raise_together
 from local.tools.socket_folder import make_socket_folder
+from local.tracks.track import raise_dataset_faults
 from local.train.run_folder import find_folder_faults, is_used
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
@@ -48,11 +55,13 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
             make_socket_folder()
         except UserError as error:
             faults.append(str(error))
-    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
+    # The files are checked as well where a list of validation tracks is missing.
+    if data["suffix"] in SUFFIX and not find_data_faults({**data, "valid_tracks": ""}):
+        keys = ("sample_rate", "suffix", "stem_names", "missing_stems")
         try:
-            tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
+            tracks = find_tracks(data["root"], TRAINING_SPLITS, *(data[key] for key in keys))
             if is_first:  # the other ranks would read the same
-                check_files(Path(data["root"]), tracks, whole=options["check"])
+                check_files(tracks, whole=options["check"])
             if is_valid:
                 datasets = make_datasets(conf, tracks)
         except DatasetError as error:
@@ -61,8 +70,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
     return datasets
 
 
-def check_files(root: Path, tracks: Sequence[Track], whole: bool = False) -> None:
-    """Reads the end of every stem: the header of a file that is cut short promises the whole.
+def check_files(tracks: Sequence[Track], whole: bool = False) -> None:
+    """Reads the end of every file: the header of a file that is cut short promises the whole.
 
     Args:
         whole: whether to read all of a flac, whose checksums show what else is damaged.
@@ -70,20 +79,23 @@ def check_files(root: Path, tracks: Sequence[Track], whole: bool = False) -> Non
     Raises:
         DatasetError: lists the files that cannot be read.
     """
-    files = [(track, source) for track in tracks for source in SOURCES]
+    files = [(track, path) for track in tracks for path in track.paths()]
+    faults: dict[Path, list[str]] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        faults = pool.map(partial(_find_fault, whole), files)
-        raise_dataset_faults(root, [fault for fault in faults if fault])
+        found = pool.map(partial(_find_fault, whole), files)
+        for (track, _), fault in zip(files, found, strict=True):
+            faults.setdefault(track.place.root, []).extend([fault] if fault else [])
+    raise_dataset_faults(faults)
 
 
-def _find_fault(whole: bool, file: tuple[Track, str]) -> str:
-    track, source = file
-    is_whole = whole and track.suffix == "flac"
+def _find_fault(whole: bool, file: tuple[Track, Path]) -> str:
+    track, path = file
+    is_whole = whole and path.suffix.casefold() == ".flac"
     start = 0 if is_whole else max(track.length - round(SAMPLE * track.rate), 0)
     piece = PIECE * track.rate
     try:
         for begin in range(start, track.length, piece):
-            track.read(source, begin, min(piece, track.length - begin))
+            track.read_file(path, begin, min(piece, track.length - begin))
     except DatasetError as error:
         return str(error)
     return ""

@@ -123,8 +123,10 @@ def write_settings(conf: dict, resumed=None) -> None:
         if resumed and resumed.changes:
             _record_changes(exp_dir, resumed)
         for key in ("root", "valid_tracks"):  # relative ones hold in this folder alone
-            if conf["data"][key]:
-                conf["data"][key] = str(Path(conf["data"][key]).absolute())
+            if isinstance(value := conf["data"][key], list):
+                conf["data"][key] = [str(Path(each).absolute()) for each in value]
+            elif value:
+                conf["data"][key] = str(Path(value).absolute())
         saved = {**conf, "main_args": {**conf["main_args"], "exp_dir": str(exp_dir.absolute())}}
         with atomic_path(exp_dir / "conf.yml") as temporary:
             text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
