@@ -10,7 +10,8 @@ from huggingface_hub.constants import (
 )
 from torch import nn
 
-from local.config import KEYS, add_defaults
+from local.config import add_defaults
+from local.keys import KEYS
 from local.models import MODELS, PUBLISHED, build_model, model_args, model_name
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError

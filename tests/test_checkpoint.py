@@ -11,7 +11,8 @@ from torch.torch_version import TorchVersion
 
 from local import __version__
 from local.checkpoint import find_weights, load_model, save_best_model
-from local.config import KEYS, parse_conf, read_conf
+from local.config import parse_conf, read_conf
+from local.keys import KEYS
 from local.models import make_model
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError

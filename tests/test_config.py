@@ -8,7 +8,8 @@ import yaml
 from conftest import run_python
 from test_published import CAUSAL, NON_CAUSAL
 
-from local.config import CONF_FILE, OPTIONS, find_faults, parse_conf, read_conf
+from local.config import CONF_FILE, OPTIONS, parse_conf, read_conf
+from local.keys import find_faults
 from local.tools.command_line import UserError, raise_together
 
 

@@ -15,7 +15,7 @@ import local
 FLOORS = (
     ("local.tools", "local"),
     ("local.tasnet", "local.musdb18_tracks", "local.sdr", "local.stems"),
-    ("local.models", "local.musdb18_dataset", "local.config", "local.checkpoint"),
+    ("local.models", "local.musdb18_dataset", "local.keys", "local.config", "local.checkpoint"),
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates", "local.raw_stream"),

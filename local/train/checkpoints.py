@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from local.checkpoint import load_model, save_best_model
-from local.config import read_interval
+from local.keys import read_interval
 from local.tools.files import atomic_path
 from local.tools.private import rewind_loops, set_finished_batches
 from local.tools.random_states import get_random_states, set_random_states

@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.config import find_faults
+from local.keys import find_faults
 from local.models import count_parameters
 from local.musdb18_tracks import SOURCES, DatasetError, Track, find_tracks, raise_dataset_faults
 from local.tools.choices import SUFFIXES

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.config import FREE, add_defaults
+from local.config import add_defaults
+from local.keys import FREE
 from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief, plural
 from local.tools.progress import keep
