@@ -39,7 +39,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
         base = find_base(conf, options)
     except UserError as error:
         faults.append(str(error).replace("\n", "\n  "))
-    faults += find_faults(conf, knows_model=not faults)
+    knows_model = not faults
+    faults += find_faults(conf, knows_model)
     is_valid, is_first = not faults, rank_zero_only.rank == 0
     if is_first and resume == "never" and is_used(exp_dir):
         faults.append(
@@ -54,7 +55,7 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
             make_socket_folder()
         except UserError as error:
             faults.append(str(error))
-    if data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
+    if knows_model and data["root"] and Path(data["root"]).is_dir() and data["suffix"] in SUFFIXES:
         try:
             tracks = find_tracks(Path(data["root"]), "train", data["sample_rate"], data["suffix"])
             if is_first:  # the other ranks would read the same

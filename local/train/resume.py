@@ -97,11 +97,6 @@ def find_resumed(
     path, content = _find_checkpoint(exp_dir, options)
     if content is None:
         return None
-    base = content["training_config"]["training"]["init"]
-    if base and not conf["training"]["init"]:
-        raise UserError(
-            f"--init: {exp_dir} holds a run that was started from {base}; add --init {base}"
-        )
     inputs = describe_inputs(trainer, train_set, valid_set)
     changes = find_changes(conf, inputs, content)
     code_changes = find_code_changes(content["run"]["code"])

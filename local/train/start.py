@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from local.checkpoint import find_weights, load_with_arguments
+from local.keys import KEYS
 from local.models import model_args, model_name, model_settings
 from local.tools.command_line import UserError, plural, raise_together
 from local.tools.files import sha256
@@ -24,14 +25,14 @@ def find_base(conf: dict, options: dict) -> nn.Module | None:
         UserError: it cannot be loaded, typed flags contradict it, or its weights have changed.
     """
     training, typed, source = conf["training"], options["typed"], conf["training"]["init"]
-    if not source:
-        alone = [f"--{key} needs --init, the weights" for key in RECORDED if training[key]]
-        raise_together(alone)
-        return None
     if saved := find_saved_conf(conf, options):
         _refuse_other_base(conf, saved["training"])
-        training |= {key: saved["training"][key] for key in RECORDED}
-        _take_settings(conf, model_settings(model_name(saved), model_args(saved)), typed)
+        if source:
+            training |= {key: saved["training"][key] for key in RECORDED}
+            _take_settings(conf, model_settings(model_name(saved), model_args(saved)), typed)
+        return None
+    if not source:
+        raise_together([f"--{key} needs --init, the weights" for key in RECORDED if training[key]])
         return None
     loaded = load_with_arguments(source, "--init")
     settings, file_hash = (
@@ -59,15 +60,16 @@ def _refuse_other_base(conf: dict, before: dict) -> None:
         before: the section training of that run.
     """
     source, exp_dir = conf["training"]["init"], conf["main_args"]["exp_dir"]
-    advice = "name another --exp_dir, or resume the run with the same --init as before"
-    if not before["init"]:
-        raise UserError(f"--init: {exp_dir} holds a run that was started without; {advice}")
-    file = find_weights(source)
+    run = f"--init: {exp_dir} holds a run that was started from {before['init'] or 'none'}"
+    if source and not before["init"]:
+        raise UserError(f"{run}; omit --init to resume it, or name another --exp_dir")
+    if before["init"] and not source:
+        raise UserError(f"{run}; add --init {before['init']} to resume it")
+    file = find_weights(source) if source else None
     if file and sha256(file) != before["init_sha256"]:
         raise UserError(
-            f"--init: {exp_dir} holds a run that was started from {before['init']} (SHA-256"
-            f" {before['init_sha256']}), and {source} has other weights (SHA-256 {sha256(file)});"
-            f" {advice}"
+            f"{run} (SHA-256 {before['init_sha256']}), and {source} has other weights (SHA-256"
+            f" {sha256(file)}); type --init as before to resume it, or name another --exp_dir"
         )
 
 
@@ -84,8 +86,11 @@ def _refuse_contradictions(conf: dict, settings: dict, typed: tuple[str, ...]) -
 def _take_settings(conf: dict, settings: dict, typed: tuple[str, ...]) -> None:
     """Sets what was not typed."""
     for section, keys in settings.items():
-        untyped = {key: value for key, value in keys.items() if key not in typed}
-        conf[section] = {**conf.get(section, {}), **untyped}
+        given = conf.setdefault(section, {})
+        if section not in KEYS:  # one that it lacks has the default of the model's constructor
+            for key in given.keys() - keys.keys() - set(typed):
+                del given[key]
+        given.update({key: value for key, value in keys.items() if key not in typed})
 
 
 def take_weights(model: nn.Module, base: nn.Module) -> None:
