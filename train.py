@@ -25,6 +25,7 @@ def train(conf: dict) -> None:
     import pytorch_lightning as pl
 
     from local.models import make_model
+    from local.tools.freeze import freeze
     from local.train.display import describe_end
     from local.train.failures import fit
     from local.train.first_screen import describe_run
@@ -33,11 +34,12 @@ def train(conf: dict) -> None:
     from local.train.resume import find_resumed
     from local.train.run_folder import reserved, write_settings
     from local.train.run_log import kept_log
+    from local.train.start import take_weights
 
     exp_dir = Path(conf["main_args"]["exp_dir"])
     options = {name: conf["main_args"].pop(name, default) for name, default in OPTIONS.items()}
     set_progress(options["quiet"], options["progress"])
-    train_set, valid_set = check_run(conf, options, make_datasets)
+    (train_set, valid_set), base = check_run(conf, options, make_datasets)
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     trainer = make_trainer(conf, len(train_set), len(valid_set))
     is_first = trainer.is_global_zero  # of the processes of a run, the one that writes and prints
@@ -48,8 +50,12 @@ def train(conf: dict) -> None:
             if is_first:
                 print(end)
             return
-        system = make_system(conf, make_model(conf), train_set, valid_set)
-        description = describe_run(system, trainer, resumed)
+        model = make_model(conf)
+        if base is not None:
+            take_weights(model, base)
+        freeze(model, conf["training"]["freeze"])
+        system = make_system(conf, model, train_set, valid_set)
+        description = describe_run(system, trainer, resumed, base)
         if options["check"]:
             print(f"{description}\nno fault was found; nothing was written")
             return
@@ -147,7 +153,7 @@ def make_trainer(conf: dict, items: int, valid_tracks: int):
         gradient_clip_val=training["clip_norm"],
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if training["init"] else 0,  # see StartLoss
         use_distributed_sampler=False,  # the samplers share the items out
         enable_model_summary=False,
     )

@@ -12,8 +12,10 @@ from local.tools.progress import add_progress_flags
 from local.tools.values import as_kind, describe_wrong_kind, join_paths, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
-# Flags alone: how to run, no part of the configuration.
+# How to run, no part of the configuration. All are flags but `typed`: with --init, the keys that
+# the model of --init must agree with.
 OPTIONS = dict(check=False, resume="auto", resume_with_changes=False, quiet=False, progress=False)
+OPTIONS |= dict(typed=())
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
@@ -40,11 +42,23 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     parsed = {
         section: {key: join_paths(flags[key]) for key in keys} for section, keys in KEYS.items()
     }
+    flags["typed"] = _list_typed(parser, argv, flags) if flags["init"] else OPTIONS["typed"]
     parsed["main_args"] |= {option: flags[option] for option in OPTIONS}
+    if "init" in flags["typed"] and "init_sha256" not in flags["typed"]:
+        parsed["training"]["init_sha256"] = ""  # in the file of --conf it is that of other weights
     name = parsed["training"]["model"]
     if name in conf and name not in KEYS:
         parsed[name] = conf[name]  # the keywords of another model
     return parsed
+
+
+def _list_typed(parser: OneLineParser, argv: list[str] | None, flags: dict) -> tuple[str, ...]:
+    """The keys on the command line, and those beside init in the file of --conf that names it."""
+    typed = parser.list_typed(argv)
+    if "init" not in typed and flags["conf"]:
+        sections = read_yaml(find_conf_file(flags["conf"])).values()
+        typed += [key for section in sections for key in section or ()]
+    return tuple(typed)
 
 
 def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
@@ -97,6 +111,11 @@ def read_conf(path: Path = CONF_FILE) -> dict:
     return _check_types(read_yaml(path), path)
 
 
+def find_conf_file(path: Path) -> Path:
+    """The conf.yml in the folder of a run, or the file itself."""
+    return path / "conf.yml" if path.is_dir() else path
+
+
 def read_saved_conf(path: Path) -> dict:
     """The conf.yml of a run, of any version of this recipe or of the published one.
 
@@ -109,7 +128,7 @@ def read_saved_conf(path: Path) -> dict:
     Raises:
         UserError: lists every fault of the file.
     """
-    path = path / "conf.yml" if path.is_dir() else path
+    path = find_conf_file(path)
     conf = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     wrong = [name for name, section in conf.items() if not isinstance(section, dict)]
     raise_together([f"{name}: expected a section, got {conf[name]!r}" for name in wrong], str(path))

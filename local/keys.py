@@ -53,6 +53,10 @@ KEYS = {
     },
     "training": {
         "model": Key(str),
+        "init": Key(str, is_path=True),
+        "init_partial": Key(bool),
+        "init_sha256": Key(str),
+        "freeze": Key(str),
         "epochs": Key(int, limit=True, is_free=True),
         "batch_size": Key(int, least=1),
         "num_workers": Key(int, least=0, is_free=True),
@@ -104,8 +108,13 @@ KEYS = {
 FREE = {name for keys in KEYS.values() for name, key in keys.items() if key.is_free}
 
 
-def find_faults(conf: dict) -> list[str]:
-    """What is wrong with the values of a configuration, a line each, named by their flags."""
+def find_faults(conf: dict, knows_model: bool = True) -> list[str]:
+    """What is wrong with the values of a configuration, a line each, named by their flags.
+
+    Args:
+        knows_model: whether the keys of the model have their values; not where --init, from which
+            they come, cannot be loaded.
+    """
     import torch
 
     from local.losses import LOSSES
@@ -128,12 +137,6 @@ def find_faults(conf: dict) -> list[str]:
     faults += find_data_faults(conf["data"])
     if not values["exp_dir"]:
         faults.append("--exp_dir must not be empty")
-    targets = 2 if values["mix_background"] else 4
-    if values["C"] != targets:
-        word = "yes" if values["mix_background"] else "no"
-        faults.append(f"--C must be {targets} with --mix_background {word}, got {values['C']}")
-    if values["audio_channels"] != 2:
-        faults.append(f"--audio_channels must be 2 (stereo), got {values['audio_channels']}")
     if values["loss"] not in LOSSES:
         faults.append(
             f"--loss must be one of {', '.join(LOSSES)} (local/losses.py), got {values['loss']}"
@@ -145,7 +148,7 @@ def find_faults(conf: dict) -> list[str]:
         )
     if values["accelerator"] == "gpu" and not torch.cuda.is_available():
         faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
-    return faults + find_model_faults(conf)
+    return faults + (find_model_faults(conf) if knows_model else [])
 
 
 def _find_broken_rules(value, key: Key) -> Iterator[str]:

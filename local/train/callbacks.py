@@ -16,6 +16,7 @@ from local.train.epochs import (
     StopAtMaxSteps,
 )
 from local.train.interrupts import Interrupts
+from local.train.start import StartLoss
 
 
 def make_run_callbacks(conf: dict) -> list[pl.Callback]:
@@ -32,6 +33,7 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
         GradientNorms(),
         EpochStatistics(),
         FreeCachedMemory(),
+        *([StartLoss()] if training["init"] else []),
         RandomStates(),
         LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts),
     ]

@@ -20,15 +20,17 @@ from local.train.origin import find_commit
 from local.train.preflight import describe_versions
 from local.train.recipe import describe_object, describe_optimizer, list_schedules
 from local.train.run_folder import describe_disk
+from local.train.start import describe_start
 
 MOST_NAMES = 3  # of tracks, in a line
 
 
-def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) -> str:
+def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None, base=None) -> str:
     """What will be trained on what.
 
     Args:
         resumed: as of `resume.find_resumed`.
+        base: as of `start.find_base`.
 
     Raises:
         UserError: `--fast yes`, and the fast path differs from the model.
@@ -43,6 +45,7 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None) 
     rows = {
         "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
         f" {data['sample_rate']} Hz",
+        **describe_start(conf, system.model, base),
         "runs as": _describe_forward(system.model, training),
         "training": f"{_describe_tracks(train_set)}, in random segments of {data['segment']} s",
         "validation": f"{_describe_tracks(valid_set)}, {how}",

@@ -47,6 +47,8 @@ class Interrupts(pl.Callback):
                 signal.signal(signum, self._handle)
         self.on_validation_start(trainer, pl_module)
 
+    on_sanity_check_start = on_train_start  # a validation before training, which may take minutes
+
     def on_validation_start(self, trainer, pl_module):
         """Removes the handler of SIGCHLD that a loader with workers has set. It raises wherever the
         run is at that moment, and some places swallow the error; the loader that waits for a worker

@@ -42,6 +42,12 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         "val_loss": val_loss,
         **tracks,
     }
+    if (training := system.config["training"])["init"]:
+        infos["base_model"] = {
+            "source": training["init"],
+            "sha256": training["init_sha256"],
+            "partial": training["init_partial"],
+        }
     licenses = [MUSDB18_LICENSE] if dataset.startswith(MUSDB18) else []
     return {"infos": infos, "dataset": dataset, "licenses": licenses}
 

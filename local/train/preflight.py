@@ -24,6 +24,7 @@ from local.tools.command_line import UserError, raise_together
 from local.tools.socket_folder import make_socket_folder
 from local.tracks.track import raise_dataset_faults
 from local.train.run_folder import find_folder_faults, is_used
+from local.train.start import find_base
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 SHOWN = ("torch", "pytorch-lightning", "asteroid", "numpy", "soundfile")
@@ -33,13 +34,20 @@ READERS = 8  # files at a time; a network drive is faster with many
 
 
 def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Track]], tuple]):
-    """What `make_datasets` makes of the training tracks.
+    """(what `make_datasets` makes of the training tracks, the model of --init as of `find_base`).
 
     Raises:
-        UserError: lists the faults of the configuration, of the files under its root, and of EXP.
+        UserError: lists the faults of the configuration, of the files under its root, of --init and
+            of EXP.
     """
     exp_dir, data, resume = Path(conf["main_args"]["exp_dir"]), conf["data"], options["resume"]
-    faults, datasets = find_faults(conf), None
+    faults, base, datasets = [], None, None
+    try:
+        base = find_base(conf, options)
+    except UserError as error:
+        faults.append(str(error).replace("\n", "\n  "))
+    knows_model = not faults
+    faults += find_faults(conf, knows_model)
     is_valid, is_first = not faults, rank_zero_only.rank == 0
     if is_first and resume == "never" and is_used(exp_dir):
         faults.append(
@@ -56,7 +64,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
         except UserError as error:
             faults.append(str(error))
     # The files are checked as well where a list of validation tracks is missing.
-    if data["suffix"] in SUFFIX and not find_data_faults({**data, "valid_tracks": ""}):
+    has_data = data["suffix"] in SUFFIX and not find_data_faults({**data, "valid_tracks": ""})
+    if knows_model and has_data:
         keys = ("sample_rate", "suffix", "stem_names", "missing_stems")
         try:
             tracks = find_tracks(data["root"], TRAINING_SPLITS, *(data[key] for key in keys))
@@ -67,7 +76,7 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
         except DatasetError as error:
             faults.append(str(error).replace("\n", "\n  ") if faults else str(error))
     raise_together(faults)
-    return datasets
+    return datasets, base
 
 
 def check_files(tracks: Sequence[Track], whole: bool = False) -> None:
