@@ -59,9 +59,10 @@ def describe_settings(args: Namespace, model: nn.Module) -> dict:
 
 def find_changed_setting(before: dict, now: dict) -> str:
     """Return which setting differs, "" if none does."""
-    if before.get("checkpoint") != now["checkpoint"]:
+    if before.get("checkpoint") != now.get("checkpoint"):
         return "made with another checkpoint"
-    if before.get("model_code", now["model_code"]) != now["model_code"]:  # earlier versions: none
+    code = now.get("model_code")
+    if before.get("model_code", code) != code:  # records of earlier versions have none
         return "made with other code of the model"
     for key in {**now, **before}:
         if before.get(key) != now.get(key) and key != "model_code":

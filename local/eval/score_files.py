@@ -179,9 +179,8 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     Args:
         wanted: "made_with", "files" and "saved" of the record that the run would write.
     """
-    if change := find_changed_setting(
-        {**DEFAULTS, **found.record["made_with"]}, wanted["made_with"]
-    ):
+    before, now = (DEFAULTS | record["made_with"] for record in (found.record, wanted))
+    if change := find_changed_setting(before, now):
         return change
     if found.record["files"] != wanted["files"]:
         return "its files have changed"
