@@ -7,9 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local.tools.choices import SCORERS, SUFFIXES, add_method_flags
-from local.tools.command_line import OneLineParser, brief, clear_errors
+from local.tools.choices import MISSING_STEMS, SCORERS, SPLITS, SUFFIX, add_method_flags
+from local.tools.command_line import OneLineParser, clear_errors
 from local.tools.progress import add_progress_flags, set_progress
+from local.tools.slurm import requeueing
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait for
     import numpy as np
@@ -22,12 +23,12 @@ if TYPE_CHECKING:  # importing torch takes seconds, which --help need not wait f
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    with clear_errors(parser.prog):
+    with clear_errors(parser.prog), requeueing():
         args = parser.parse_args(argv)
         set_progress(args.quiet, args.progress)
         from local.eval.out import report_failed_access
 
-        named = filter(None, (args.exp_dir, args.root, args.checkpoint))
+        named = filter(None, (args.exp_dir, *(args.root or ()), args.checkpoint))
         with report_failed_access(args.exp_dir / args.out_dir, *map(Path, named)):
             failures = evaluate(args)
     if failures:
@@ -52,8 +53,12 @@ def make_parser() -> OneLineParser:
         help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name [the run's"
         " best model]",
     )
-    add("--root", type=Path, help="the MUSDB18 or MUSDB18-HQ folder [the run's]")
-    add("--suffix", choices=SUFFIXES, help="of the files under root [the run's]")
+    add("--split", choices=SPLITS, default="test", help="the tracks to score [%(default)s]")
+    add("--root", type=Path, nargs="+", help="the MUSDB18 or MUSDB18-HQ folders [the run's]")
+    add("--suffix", choices=SUFFIX, help="of the files under root [the run's]")
+    add("--stem_names", help="files of a stem not named like it, as of train.py [the run's]")
+    add("--missing_stems", choices=MISSING_STEMS, help="as of train.py [the run's]")
+    add("--valid_tracks", type=Path, help="of --split train and valid, as of train.py [the run's]")
     add_method_flags(parser)
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
     add(
@@ -85,23 +90,23 @@ def evaluate(args: Namespace) -> dict[str, str]:
         OSError: a file cannot be read or written.
     """
     from local.estimates import check_method_flags, load_separator
-    from local.eval.flags import check_flags, choose_device, describe_evaluation, find_test_set
+    from local.eval.flags import check_flags, choose_device, describe_evaluation, fill_data_flags
     from local.eval.out import choose_share, find_scored, plan_records, prepared_out
     from local.eval.results import write_results
     from local.eval.tracks import list_files, open_test_set
     from local.tools.ranks import joined_ranks
 
     check_flags(args)
-    args.root, args.suffix = find_test_set(args)
+    data = fill_data_flags(args)
     args.checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
     out = args.exp_dir / args.out_dir
     with joined_ranks() as ranks:
         model = load_separator(args.checkpoint).to(choose_device(args.use_gpu, ranks))
         check_method_flags(model, args)
-        tracks = open_test_set(args.root, model.samplerate, args.suffix)
+        tracks = open_test_set(args.root, model.samplerate, **data)
         with prepared_out(out, {track.name: list_files(track) for track in tracks}, ranks):
             if ranks.rank == 0:
-                print(describe_evaluation(args, model, len(tracks)), flush=True)
+                print(describe_evaluation(args, model, tracks), flush=True)
             records = plan_records(args, model, tracks)
             scored, missing = find_scored(out, records, ranks)
             share = choose_share(missing, ranks)
@@ -130,12 +135,9 @@ def separate_and_score(
     from local.eval.jobs import choose_jobs
     from local.eval.pool import ScoringPool
     from local.eval.score_files import remove_track
-    from local.needs import advise_on_memory, separation_bytes
-    from local.tools.memory import is_out_of_memory
+    from local.needs import describe_failure, separation_bytes
 
-    needs = {
-        track: separation_bytes(model, track.seconds, args.method, args.fast) for track in records
-    }
+    needs = {track: separation_bytes(model, track.seconds, args) for track in records}
     most, targets = max(needs.values(), default=0), len(list_targets(model))
     jobs = args.jobs or choose_jobs(records, args.scorer, ranks.local_count, most, targets)
     with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank, targets) as pool:
@@ -150,13 +152,7 @@ def separate_and_score(
                     save_estimates(out / track.name, estimates, track.rate, args.float32)
                 pool.submit(track, estimates, record)
             except Exception as error:
-                if is_out_of_memory(error):
-                    advice = advise_on_memory(args, "--use_gpu 0" if args.use_gpu else "")
-                    pool.fail(track, f"out of memory: {brief(error)}{advice}")
-                elif isinstance(error, ValueError):
-                    pool.fail(track, str(error))
-                else:
-                    raise
+                pool.fail(track, describe_failure(error, args, "--use_gpu 0" * args.use_gpu))
         return pool.finish()
 
 

@@ -10,7 +10,8 @@ usage() {
     run the tests
 
   --stage N       start at stage N: 0 install and data, 1 train, 2 evaluate  [0]
-  --root MUSDB18  the data set, wav or .stem.mp4; trains the whole model with conf.yml's defaults
+  --root ROOT ... the data set, wav, flac or .stem.mp4, in one folder or several; trains the whole
+                  model with conf.yml's defaults
   --tag NAME      name of the run: everything goes to exp/NAME  [demo, or musdb18 with --root]
   --conf FILE     the conf.yml of a run, to train the same again; needs --tag
   --id GPUS       GPUs to use, such as 0 or 0,1  [all there are]
@@ -101,7 +102,7 @@ expand_home() {
     printf '%s' "$home$below"
 }
 
-stage=0 root='' packed='' tag='' gpus='' conf='' check='' train_flags=() eval_flags=()
+stage=0 roots=() packed=() tag='' gpus='' conf='' check='' train_flags=() eval_flags=()
 while [ $# -gt 0 ]; do
     if [[ $1 =~ ^--(stage|root|tag|id|conf)= ]]; then
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
@@ -113,12 +114,17 @@ while [ $# -gt 0 ]; do
             [ -n "${2:-}" ] || fail "$1 needs a value"
             case $1 in
                 --stage) stage=$2 ;;
-                --root) root=$(realpath -m "$(expand_home "$2")") ;;
+                --root) roots=("$(realpath -m "$(expand_home "$2")")") ;;
                 --tag) tag=$2 ;;
                 --id) gpus=$2 ;;
                 --conf) conf=$(realpath -m "$(expand_home "$2")") ;;
             esac
+            flag=$1
             shift 2
+            while [ "$flag" = --root ] && [[ $# -gt 0 && $1 != -* ]]; do
+                roots+=("$(realpath -m "$(expand_home "$1")")")
+                shift
+            done
             ;;
         --exp[_-]dir | --exp[_-]dir=*) fail "runs go to exp/NAME here: use --tag NAME" ;;
         --eval) shift; eval_flags=("$@"); break ;;
@@ -135,14 +141,17 @@ for flag in "${eval_flags[@]}"; do
 done
 
 test_set=() given_flags=("${train_flags[@]}")
-if [ -n "$root" ]; then
-    [ -d "$root" ] || fail "--root: no such folder: $root"
+if [ ${#roots[@]} -gt 0 ]; then
     exp=$here/exp/${tag:-musdb18}
-    if compgen -G "$root/t*/*.[sS][tT][eE][mM].[mM][pP]4" >/dev/null; then
-        packed=$root
-        root=$root-wav
-    fi
-    test_set=(--root "$root")
+    for number in "${!roots[@]}"; do
+        root=${roots[number]}
+        [ -d "$root" ] || fail "--root: no such folder: $root"
+        if compgen -G "$root/[tv]*/*.[sS][tT][eE][mM].[mM][pP]4" >/dev/null; then
+            packed+=("$root")
+            roots[number]=$root-wav
+        fi
+    done
+    test_set=(--root "${roots[@]}")
     train_flags=("${test_set[@]}" "${train_flags[@]}")
 elif [ -z "$conf" ]; then
     exp=$here/exp/${tag:-demo}
@@ -169,10 +178,13 @@ check_flags() {
 if [ "$stage" -le 0 ]; then install; fi
 [ -x "$python" ] || fail "there is no .venv yet; start with --stage 0"
 check_flags
-if [ "$stage" -le 0 ] && [ -n "$packed" ]; then
-    say "stage 0: decoding $packed to $root"
-    module local.stems "$packed" "$root"
-elif [ "$stage" -le 0 ] && [ -z "$root$conf" ]; then
+if [ "$stage" -le 0 ]; then
+    for root in "${packed[@]}"; do
+        say "stage 0: decoding $root to $root-wav"
+        module local.stems "$root" "$root-wav"
+    done
+fi
+if [ "$stage" -le 0 ] && [ ${#roots[@]} = 0 ] && [ -z "$conf" ]; then
     say "stage 0: the demo data set"
     module local.demo_musdb18 data/demo
 fi
@@ -186,7 +198,7 @@ elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     use_gpu=1
 fi
 
-trap : USR1 # which srun sends to train.py as well: that saves a checkpoint and ends
+trap : USR1 # which srun sends to train.py and eval.py as well: they end by it
 if [ "$stage" -le 1 ] || [ -n "$check" ]; then
     say "stage 1: training"
     status=0

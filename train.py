@@ -25,6 +25,7 @@ def train(conf: dict) -> None:
     import pytorch_lightning as pl
 
     from local.models import make_model
+    from local.tools.freeze import freeze
     from local.train.display import describe_end
     from local.train.failures import fit
     from local.train.first_screen import describe_run
@@ -33,11 +34,12 @@ def train(conf: dict) -> None:
     from local.train.resume import find_resumed
     from local.train.run_folder import reserved, write_settings
     from local.train.run_log import kept_log
+    from local.train.start import take_weights
 
     exp_dir = Path(conf["main_args"]["exp_dir"])
     options = {name: conf["main_args"].pop(name, default) for name, default in OPTIONS.items()}
     set_progress(options["quiet"], options["progress"])
-    train_set, valid_set = check_run(conf, options, make_datasets)
+    (train_set, valid_set), base = check_run(conf, options, make_datasets)
     pl.seed_everything(conf["training"]["seed"], verbose=False)
     trainer = make_trainer(conf, len(train_set), len(valid_set))
     is_first = trainer.is_global_zero  # of the processes of a run, the one that writes and prints
@@ -48,8 +50,12 @@ def train(conf: dict) -> None:
             if is_first:
                 print(end)
             return
-        system = make_system(conf, make_model(conf), train_set, valid_set)
-        description = describe_run(system, trainer, resumed)
+        model = make_model(conf)
+        if base is not None:
+            take_weights(model, base)
+        freeze(model, conf["training"]["freeze"])
+        system = make_system(conf, model, train_set, valid_set)
+        description = describe_run(system, trainer, resumed, base)
         if options["check"]:
             print(f"{description}\nno fault was found; nothing was written")
             return
@@ -83,24 +89,36 @@ def make_datasets(conf: dict, tracks: list):
         data["samples_per_track"],
         data["mix_background"],
         conf["training"]["seed"],
+        data["mix_tracks"],
+        (data["gain_min"], data["gain_max"]),
+        data["swap"],
     )
     return train_set, TrackDataset(validation, data["mix_background"])
 
 
 def make_system(conf: dict, model, train_set, valid_set):
-    """The System: model, Adam, L1 loss, loaders, and the schedule of the learning rate."""
+    """The System: model, optimizer, loss, loaders, and the schedule of the learning rate."""
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+    from local.losses import LOSSES
     from local.system import MusicSystem
     from local.train.loaders import make_loaders
 
     train_loader, valid_loader = make_loaders(conf, train_set, valid_set)
-    optimizer = torch.optim.Adam(model.parameters(), lr=conf["optim"]["lr"], fused=True)
-    loss_func = torch.nn.L1Loss()
+    training, optim = conf["training"], conf["optim"]
+    make_optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim["optimizer"]]
+    optimizer = make_optimizer(
+        model.parameters(), lr=optim["lr"], weight_decay=optim["weight_decay"], fused=True
+    )
+    loss_func = LOSSES[training["loss"]]()
     scheduler = None
-    if conf["training"]["half_lr"]:
-        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+    if training["half_lr"]:
+        # A loss in dB is below zero, where a share of it would count a worse one as better.
+        mode = "abs" if getattr(loss_func, "is_in_decibels", False) else "rel"
+        scheduler = ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=training["lr_patience"], threshold_mode=mode
+        )
     return MusicSystem(model, optimizer, loss_func, train_loader, valid_loader, scheduler, conf)
 
 
@@ -121,9 +139,10 @@ def make_trainer(conf: dict, items: int, valid_tracks: int):
     from local.train.devices import make_trainer_on_devices
 
     training = conf["training"]
-    callbacks = [BestCheckpoints(Path(conf["main_args"]["exp_dir"])), *make_run_callbacks(conf)]
+    best = BestCheckpoints(Path(conf["main_args"]["exp_dir"]), training["keep_best"])
+    callbacks = [best, *make_run_callbacks(conf)]
     if training["early_stop"]:
-        callbacks.append(EarlyStopping("val_loss", mode="min", patience=20))
+        callbacks.append(EarlyStopping("val_loss", mode="min", patience=training["patience"]))
     return make_trainer_on_devices(
         conf,
         items,
@@ -131,10 +150,10 @@ def make_trainer(conf: dict, items: int, valid_tracks: int):
         max_epochs=training["epochs"],
         precision=training["precision"],
         accumulate_grad_batches=training["aggregate"],
-        gradient_clip_val=5.0,
+        gradient_clip_val=training["clip_norm"],
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if training["init"] else 0,  # see StartLoss
         use_distributed_sampler=False,  # the samplers share the items out
         enable_model_summary=False,
     )

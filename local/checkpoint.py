@@ -1,6 +1,8 @@
 """Models on disk: load_model reads every kind of checkpoint, save_best_model writes ours."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import (
@@ -8,27 +10,37 @@ from huggingface_hub.constants import (
     PYTORCH_WEIGHTS_NAME,
     SAFETENSORS_SINGLE_FILE,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from local.config import KEYS, add_defaults
+from local.config import add_defaults
+from local.keys import KEYS
 from local.models import MODELS, PUBLISHED, build_model, model_args, model_name
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import read_yaml
-from local.tools.weights import load_checkpoint, restore_model, save_atomically, software_versions
+from local.tools.weights import (
+    HUB_NAME,
+    load_checkpoint,
+    restore_model,
+    save_atomically,
+    software_versions,
+)
 
 
-def save_best_model(path: Path, model: nn.Module, conf: dict, origin: dict | None = None) -> None:
+def save_best_model(
+    path: Path, state: Mapping[str, Tensor], conf: dict, origin: dict | None = None
+) -> None:
     """Writes a best_model.pth: plain data, complete enough to rebuild the model from it alone.
 
     Args:
+        state: of the model, its `state_dict`.
         origin: the entries infos, dataset and licenses, as asteroid calls them.
     """
     origin = origin or {"infos": {}, "dataset": "unknown", "licenses": []}
     content = {
         "model_name": model_name(conf),
         "model_args": model_args(conf),
-        "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "state_dict": {name: tensor.cpu() for name, tensor in state.items()},
         "infos": {"software_versions": software_versions(), **origin["infos"]},
         "dataset": origin["dataset"],
         "task": "music source separation",
@@ -37,13 +49,33 @@ def save_best_model(path: Path, model: nn.Module, conf: dict, origin: dict | Non
     save_atomically(content, path)
 
 
+class Loaded(NamedTuple):
+    """A model from disk.
+
+    Args:
+        model: in eval mode, on the CPU.
+        name: of it in MODELS.
+        arguments: of its constructor.
+    """
+
+    model: nn.Module
+    name: str
+    arguments: dict
+
+
 def load_model(source: str | Path) -> nn.Module:
-    """The model of a checkpoint, in eval mode, on the CPU.
+    """The model of a checkpoint, in eval mode, on the CPU: see `load_with_arguments`."""
+    return load_with_arguments(source).model
+
+
+def load_with_arguments(source: str | Path, flag: str = "--checkpoint") -> Loaded:
+    """The model of a checkpoint, and what it was made with.
 
     Args:
         source: a best_model.pth (ours, or a published one beside its conf.yml), the folder of a
             run, which holds one, or a Lightning .ckpt of this recipe; or, of ConvTasNetStereo
             alone, a folder written by `save_pretrained`, or the name of a hub repository.
+        flag: by which the user has named it.
 
     Raises:
         UserError: there is no such file, folder or repository, it is damaged, or it holds another
@@ -51,21 +83,26 @@ def load_model(source: str | Path) -> nn.Module:
     """
     try:
         path = _find_file(source)
-        return _load_file(path) if path.is_file() else ConvTasNetStereo.load(source)
+        if path.is_file():
+            return _load_file(path)
+        model = ConvTasNetStereo.load(source)
     except UserError as error:
-        raise UserError(f"--checkpoint: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
+    return Loaded(model, PUBLISHED, model.arguments())
 
 
-def find_weights(source: str | Path) -> Path:
-    """The file that holds the weights of a checkpoint that `load_model` has loaded."""
-    path = _find_file(source)
-    if path.is_file():
-        return path
-    names = (SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME)
+def find_weights(source: str | Path) -> Path | None:
+    """The file that holds the weights of a checkpoint; None where there is none."""
+    path, names = Path(source), (SAFETENSORS_SINGLE_FILE, PYTORCH_WEIGHTS_NAME)
     if path.is_dir():
-        return next(path / name for name in names if (path / name).is_file())
-    cached = (try_to_load_from_cache(str(source), name) for name in names)
-    return next(Path(file) for file in cached if isinstance(file, str))
+        is_run = not (path / CONFIG_NAME).is_file()
+        places = [path / name for name in (("best_model.pth",) if is_run else names)]
+    elif HUB_NAME.fullmatch(str(source)) and not path.exists():
+        cached = (try_to_load_from_cache(str(source), name) for name in names)
+        places = [Path(file) for file in cached if isinstance(file, str)]
+    else:
+        places = [path]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _find_file(source: str | Path) -> Path:
@@ -85,13 +122,15 @@ def _find_file(source: str | Path) -> Path:
     return path / "best_model.pth"
 
 
-def _load_file(path: Path) -> nn.Module:
+def _load_file(path: Path) -> Loaded:
     content = load_checkpoint(path)
     name = _find_model_name(content)
     if name not in MODELS:
         raise UserError(f"{path}: holds a {name}; local/models.py has {', '.join(MODELS)}")
     arguments = _find_model_args(path, content)
-    return restore_model(path, content, lambda: build_model(name, arguments))
+    model = restore_model(path, content, lambda: build_model(name, arguments))
+    # A file may lack arguments whose defaults the constructor has.
+    return Loaded(model, name, model.arguments() if name == PUBLISHED else arguments)
 
 
 def _find_model_name(content: dict) -> str:

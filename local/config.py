@@ -1,97 +1,21 @@
-"""conf.yml and the flags of train.py: one table of keys, one checked dictionary."""
+"""conf.yml and the flags of train.py to one dictionary."""
 
-import math
 import os
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from local.tools.choices import FAST, MEMORY, SUFFIXES
+from local.keys import KEYS
 from local.tools.command_line import OneLineParser, UserError, raise_together, suggest
 from local.tools.files import read_yaml
 from local.tools.progress import add_progress_flags
-from local.tools.values import as_kind, describe_wrong_kind, read_word
+from local.tools.values import as_kind, describe_wrong_kind, join_paths, read_word
 
 CONF_FILE = Path(__file__).parents[1] / "conf.yml"
-INTERVAL = re.compile(r"(?:(\d*\.?\d+) ?min|(\d+) ?steps?)")
-
-
-class Key(NamedTuple):
-    """A key of conf.yml and flag of train.py. Its default and its help are in conf.yml.
-
-    Args:
-        least: the smallest value.
-        above_zero: any number above zero.
-        limit: at least 1, or -1 for no limit.
-        choices: all there are.
-        is_path: whether ~ stands for a home folder.
-        is_free: whether a resumed run computes the same with another value. Of the tracks under
-            root and of the devices, it matters what they are, not how they are named.
-    """
-
-    kind: type
-    least: int | None = None
-    above_zero: bool = False
-    limit: bool = False
-    choices: tuple[str, ...] = ()
-    is_path: bool = False
-    is_free: bool = False
-
-
-KEYS = {
-    "convtasnet": {  # local/tasnet.py checks their values
-        "N": Key(int),
-        "L": Key(int),
-        "B": Key(int),
-        "H": Key(int),
-        "P": Key(int),
-        "X": Key(int),
-        "R": Key(int),
-        "C": Key(int),
-        "audio_channels": Key(int),
-        "norm_type": Key(str),
-        "causal": Key(bool),
-        "mask_nonlinear": Key(str),
-    },
-    "training": {
-        "model": Key(str),
-        "epochs": Key(int, limit=True, is_free=True),
-        "batch_size": Key(int, least=1),
-        "num_workers": Key(int, least=0, is_free=True),
-        "half_lr": Key(bool),
-        "early_stop": Key(bool),
-        "aggregate": Key(int, least=1),
-        "seed": Key(int, least=0),
-        "accelerator": Key(str, choices=("auto", "cpu", "gpu"), is_free=True),
-        "devices": Key(str, is_free=True),
-        "num_nodes": Key(int, least=1, is_free=True),
-        "precision": Key(str, choices=("32-true", "bf16-mixed", "16-mixed")),
-        "compile": Key(str, choices=("auto", "yes", "no")),
-        "memory": Key(str, choices=MEMORY),
-        "fast": Key(str, choices=FAST),
-        "valid_method": Key(str, choices=("full", "overlap-add")),
-        "max_steps": Key(int, limit=True),
-        "max_skipped_steps": Key(int, least=1, is_free=True),
-        "checkpoint_every": Key(str, is_free=True),
-    },
-    "optim": {"lr": Key(float, above_zero=True)},
-    "data": {
-        "root": Key(str, is_path=True, is_free=True),
-        "mix_background": Key(bool),
-        "segment": Key(float, above_zero=True),
-        "samples_per_track": Key(int, least=1),
-        "sample_rate": Key(int),
-        "suffix": Key(str, choices=SUFFIXES),
-        "valid_tracks": Key(str, is_path=True, is_free=True),
-        "max_valid_tracks": Key(int, limit=True),
-    },
-    "main_args": {"exp_dir": Key(str, is_path=True, is_free=True)},
-}
-FREE = {name for keys in KEYS.values() for name, key in keys.items() if key.is_free}
-# Flags alone: how to run, no part of the configuration.
+# How to run, no part of the configuration. All are flags but `typed`: with --init, the keys that
+# the model of --init must agree with.
 OPTIONS = dict(check=False, resume="auto", resume_with_changes=False, quiet=False, progress=False)
+OPTIONS |= dict(typed=())
 
 
 def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> dict:
@@ -100,7 +24,7 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
     Returns:
         section -> key -> value; main_args holds OPTIONS, too.
 
-    What the values mean is left to `find_faults`.
+    What the values mean is left to `keys.find_faults`.
 
     Raises:
         UserError: lists every fault of the file, or names a flag that cannot be parsed.
@@ -115,12 +39,26 @@ def parse_conf(argv: list[str] | None = None, conf_file: Path = CONF_FILE) -> di
             raise UserError(f"--conf {error}") from None
         parser.set_defaults(**{key: conf[name][key] for name, keys in KEYS.items() for key in keys})
         flags = vars(parser.parse_args(argv))
-    parsed = {section: {key: flags[key] for key in keys} for section, keys in KEYS.items()}
+    parsed = {
+        section: {key: join_paths(flags[key]) for key in keys} for section, keys in KEYS.items()
+    }
+    flags["typed"] = _list_typed(parser, argv, flags) if flags["init"] else OPTIONS["typed"]
     parsed["main_args"] |= {option: flags[option] for option in OPTIONS}
+    if "init" in flags["typed"] and "init_sha256" not in flags["typed"]:
+        parsed["training"]["init_sha256"] = ""  # in the file of --conf it is that of other weights
     name = parsed["training"]["model"]
     if name in conf and name not in KEYS:
         parsed[name] = conf[name]  # the keywords of another model
     return parsed
+
+
+def _list_typed(parser: OneLineParser, argv: list[str] | None, flags: dict) -> tuple[str, ...]:
+    """The keys on the command line, and those beside init in the file of --conf that names it."""
+    typed = parser.list_typed(argv)
+    if "init" not in typed and flags["conf"]:
+        sections = read_yaml(find_conf_file(flags["conf"])).values()
+        typed += [key for section in sections for key in section or ()]
+    return tuple(typed)
 
 
 def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
@@ -159,7 +97,8 @@ def _make_parser(conf: dict, conf_file: Path) -> OneLineParser:
             shown += "" if default == "" else " [%(default)s]"
             names = [f"--{name}", "--n_src"] if name == "C" else [f"--{name}"]
             kind = os.path.expanduser if key.is_path else partial(read_word, key.kind)
-            group.add_argument(*names, dest=name, default=default, type=kind, help=shown)
+            words = {"type": kind, "nargs": "+" if key.kind is list else None}
+            group.add_argument(*names, dest=name, default=default, help=shown, **words)
     return parser
 
 
@@ -170,6 +109,11 @@ def read_conf(path: Path = CONF_FILE) -> dict:
         UserError: lists every fault of the file.
     """
     return _check_types(read_yaml(path), path)
+
+
+def find_conf_file(path: Path) -> Path:
+    """The conf.yml in the folder of a run, or the file itself."""
+    return path / "conf.yml" if path.is_dir() else path
 
 
 def read_saved_conf(path: Path) -> dict:
@@ -184,7 +128,7 @@ def read_saved_conf(path: Path) -> dict:
     Raises:
         UserError: lists every fault of the file.
     """
-    path = path / "conf.yml" if path.is_dir() else path
+    path = find_conf_file(path)
     conf = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     wrong = [name for name, section in conf.items() if not isinstance(section, dict)]
     raise_together([f"{name}: expected a section, got {conf[name]!r}" for name in wrong], str(path))
@@ -239,61 +183,3 @@ def add_defaults(conf: dict) -> dict:
     """
     defaults = read_conf()
     return {name: {**defaults.get(name, {}), **conf.get(name, {})} for name in {**conf, **KEYS}}
-
-
-def find_faults(conf: dict) -> list[str]:
-    """What is wrong with the values of a configuration, a line each, named by their flags."""
-    import torch
-
-    from local.models import find_model_faults
-
-    values = {name: conf[section][name] for section, keys in KEYS.items() for name in keys}
-    faults = []
-    for keys in KEYS.values():
-        for name, key in keys.items():
-            faults += [
-                f"--{name} must be {rule}, got {values[name]}"
-                for rule in _find_broken_rules(values[name], key)
-            ]
-    if read_interval(values["checkpoint_every"]) is None:
-        faults.append(
-            "--checkpoint_every must look like '30 min' or '500 steps',"
-            f" got '{values['checkpoint_every']}'"
-        )
-    if not values["root"]:
-        faults.append("--root is needed: the MUSDB18-HQ folder, with train/ and test/")
-    elif not Path(values["root"]).is_dir():
-        faults.append(f"--root: no such folder: {values['root']}")
-    if values["valid_tracks"] and not Path(values["valid_tracks"]).is_file():
-        faults.append(f"--valid_tracks: no such file: {values['valid_tracks']}")
-    if not values["exp_dir"]:
-        faults.append("--exp_dir must not be empty")
-    targets = 2 if values["mix_background"] else 4
-    if values["C"] != targets:
-        word = "yes" if values["mix_background"] else "no"
-        faults.append(f"--C must be {targets} with --mix_background {word}, got {values['C']}")
-    if values["audio_channels"] != 2:
-        faults.append(f"--audio_channels must be 2 (stereo), got {values['audio_channels']}")
-    if values["accelerator"] == "gpu" and not torch.cuda.is_available():
-        faults.append("--accelerator gpu: torch sees no GPU; use auto or cpu")
-    return faults + find_model_faults(conf)
-
-
-def _find_broken_rules(value, key: Key) -> Iterator[str]:
-    """What a value must be and is not."""
-    if key.least is not None and value < key.least:
-        yield f"at least {key.least}"
-    if key.above_zero and not 0 < value < math.inf:
-        yield "a number above 0"
-    if key.limit and value < 1 and value != -1:
-        yield "at least 1, or -1 for no limit"
-    if key.choices and value not in key.choices:
-        yield f"one of {', '.join(key.choices)}"
-
-
-def read_interval(text: str) -> tuple[float, int] | None:
-    """(seconds, steps), one of them infinite or 0, of "30 min" or "500 steps"; None of others."""
-    found = INTERVAL.fullmatch(text)
-    if not found or float(found[1] or found[2]) == 0:
-        return None
-    return 60 * float(found[1] or math.inf), int(found[2] or 0)

@@ -3,6 +3,7 @@
 eval.py and local.separate share it.
 """
 
+import inspect
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from local import inference
-from local.checkpoint import load_model
+from local.checkpoint import find_weights, load_model
 from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, plural
-from local.tools.files import atomic_path
+from local.tools.files import atomic_path, sha256
 from local.tools.progress import Lines, show_progress
 from local.tools.wav import WavWriter
 
@@ -44,6 +45,17 @@ def check_method_flags(model: nn.Module, args: Namespace) -> None:
             inference.check_method(model, method, args.segment, args.overlap, args.fast)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
+
+
+def describe_settings(args: Namespace, model: nn.Module) -> dict:
+    """Return what estimates depend on beside their song: equal settings give equal estimates."""
+    segments = {"segment": args.segment, "overlap": args.overlap}
+    return {
+        "checkpoint": sha256(find_weights(args.checkpoint)),
+        "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
+        "method": args.method,
+        **(segments if args.method == "overlap-add" else {}),
+    }
 
 
 def separate_targets(

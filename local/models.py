@@ -21,6 +21,7 @@ from torch import nn
 
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import brief
+from local.tools.freeze import find_freeze_faults
 from local.tools.random_states import keep_random_states
 
 MODELS: dict[str, type[nn.Module]] = {"ConvTasNetStereo": ConvTasNetStereo}
@@ -107,6 +108,16 @@ def model_args(conf: dict) -> dict:
     return {**network, "samplerate": conf["data"]["sample_rate"]}
 
 
+def model_settings(name: str, arguments: Mapping) -> dict[str, dict]:
+    """section -> key -> value of a model: what `model_name` and `model_args` read."""
+    network = dict(arguments)
+    settings = {"training": {"model": name}, "data": {"sample_rate": network.pop("samplerate")}}
+    if name == PUBLISHED:
+        return {**settings, "convtasnet": network}
+    shared = {key: network.pop(key) for key in ("C", "audio_channels")}
+    return {**settings, "convtasnet": shared, name: network}
+
+
 def make_model(conf: dict) -> nn.Module:
     """The model of a configuration, with new weights."""
     return build_model(model_name(conf), model_args(conf))
@@ -120,18 +131,26 @@ def count_parameters(conf: dict) -> int:
 
 def find_model_faults(conf: dict) -> list[str]:
     """What is wrong with the model of a configuration, a line each, named by its flag."""
-    name, data = model_name(conf), conf["data"]
+    name, data, network = model_name(conf), conf["data"], conf["convtasnet"]
+    faults, targets = [], 2 if data["mix_background"] else 4
+    if network["C"] != targets:
+        word = "yes" if data["mix_background"] else "no"
+        faults.append(f"--C must be {targets} with --mix_background {word}, got {network['C']}")
+    if network["audio_channels"] != 2:
+        faults.append(f"--audio_channels must be 2 (stereo), got {network['audio_channels']}")
     if name not in MODELS:
-        return [f"--model must be one of {', '.join(MODELS)} (local/models.py), got {name}"]
+        known = ", ".join(MODELS)
+        return [*faults, f"--model must be one of {known} (local/models.py), got {name}"]
     try:
         model = sketch_model(name, model_args(conf))
     except (ValueError, TypeError) as error:
         if name == PUBLISHED:
-            return [f"--{fault}" for fault in str(error).split("; ")]
-        return [f"{name} in conf.yml: {brief(error)}"]
+            return faults + [f"--{fault}" for fault in str(error).split("; ")]
+        return [*faults, f"{name} in conf.yml: {brief(error)}"]
     least = least_samples(model)
     if 0 < data["segment"] * data["sample_rate"] < least:
         frame = f"--L {least}" if name == PUBLISHED else f"{least} samples of {name}"
-        return [f"--segment {data['segment']} is shorter than a frame ({frame})"]
-    fault = find_shape_fault(model, int(data["segment"] * data["sample_rate"]))
-    return [f"--model {name}: {fault}"] if fault else []
+        faults.append(f"--segment {data['segment']} is shorter than a frame ({frame})")
+    elif fault := find_shape_fault(model, int(data["segment"] * data["sample_rate"])):
+        faults.append(f"--model {name}: {fault}")
+    return faults + find_freeze_faults(model, conf["training"]["freeze"])

@@ -8,16 +8,20 @@ random gains, and random swaps of the channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from mmap import mmap
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from local.musdb18_tracks import SOURCES, Track, raise_dataset_faults
+from local.musdb18_tracks import SOURCES, DatasetError, Track
+from local.tools.command_line import plural
+from local.tracks.track import raise_dataset_faults
 
+STEMS = (*SOURCES, "accompaniment")  # of four-stem tracks, and the background of karaoke pairs
 MOST_WORKERS = 32  # of a loader; with more, some share a row of Reading
 
 
@@ -33,21 +37,21 @@ class Reading:
     def __reduce__(self):
         return Reading, ()
 
-    def note(self, track: int, source: int) -> None:
+    def note(self, track: int, stem: int) -> None:
         """Records what a worker is about to read; does nothing outside of workers."""
         if (worker := get_worker_info()) is not None:
-            self._rows[worker.id % MOST_WORKERS] = os.getpid(), track, source
+            self._rows[worker.id % MOST_WORKERS] = os.getpid(), track, stem
 
     def find(self, pid: int) -> tuple[int, int] | None:
-        """The last (track, source) that the worker with this process id has recorded."""
-        for owner, track, source in self._rows.tolist():
+        """The last (track, stem of STEMS) that the worker with this process id has recorded."""
+        for owner, track, stem in self._rows.tolist():
             if owner == pid:
-                return track, source
+                return track, stem
         return None
 
 
 class SegmentDataset(Dataset):
-    """Random segments: every stem of an item comes from another random track.
+    """Random segments with augmentation.
 
     An item is a pure function of (seed, epoch, index), so it is the same for any number of
     workers, on any rank and after resuming. The dataset is indexed by (epoch, index); an index
@@ -59,9 +63,14 @@ class SegmentDataset(Dataset):
         samples_per_track: an epoch has len(tracks) * samples_per_track items.
         mix_background: whether the targets are vocals and the sum of the others, or all of SOURCES.
         seed: of the random segments.
+        mix_tracks: whether every stem of an item comes from a random track and place of its own;
+            else all are from one.
+        gains: the least and the largest gain of a stem.
+        swap: the probability that the channels of a stem are swapped.
 
     Raises:
-        DatasetError: lists the tracks that are shorter than a segment.
+        DatasetError: lists the tracks that are shorter than a segment; or there are karaoke pairs,
+            and mix_background is off.
     """
 
     def __init__(
@@ -71,16 +80,19 @@ class SegmentDataset(Dataset):
         samples_per_track: int = 64,
         mix_background: bool = True,
         seed: int = 0,
+        mix_tracks: bool = True,
+        gains: tuple[float, float] = (0.25, 1.25),
+        swap: float = 0.5,
     ):
-        short = [
-            f"{track.folder.parent.name}/{track.name}: {track.seconds:.2f} s, shorter than"
-            f" --segment {length / track.rate:g}"
-            for track in tracks
-            if track.length < length
-        ]
-        raise_dataset_faults(tracks[0].folder.parents[1], short)
+        _refuse_pairs(tracks, mix_background)
+        _refuse_short(tracks, length)
         self.tracks, self.length, self.samples_per_track = tracks, length, samples_per_track
         self.mix_background, self.seed = mix_background, seed
+        self.mix_tracks, self.gains, self.swap = mix_tracks, gains, swap
+        self.holders = {
+            stem: [number for number, track in enumerate(tracks) if stem in track.stems]
+            for stem in STEMS
+        }
         self.reading = Reading()
 
     def __len__(self) -> int:
@@ -108,17 +120,43 @@ class SegmentDataset(Dataset):
             if not isinstance(position, tuple):
                 position = 0, range(len(self))[position]  # an IndexError ends a for loop
             rng = np.random.default_rng((self.seed, *position))
-            mix_targets((self.draw_stem(source, rng) for source in SOURCES), *item)
+            mix_targets(self.draw_stems(rng), *item)
         return batch
 
-    def draw_stem(self, source: str, rng: np.random.Generator) -> tuple[np.ndarray, np.float32]:
-        """(samples of a segment, (2, length); what to multiply them by), augmented."""
-        number = rng.integers(len(self.tracks))
-        self.reading.note(number, SOURCES.index(source))
+    def draw_stems(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.float32]]:
+        """The stems of an item: vocals, and either bass, drums and other, or the background of a
+        karaoke pair, as often as there are such tracks: see `draw_stem`.
+        """
+        if not self.mix_tracks:
+            place = self.draw_place(range(len(self.tracks)), rng)
+            sources = self.tracks[place[0]].sources
+            yield from (self.draw_stem(source, rng, place) for source in sources)
+            return
+        yield self.draw_stem("vocals", rng)
+        pairs = len(self.holders["accompaniment"])
+        if pairs and rng.integers(len(self.tracks)) < pairs:
+            yield self.draw_stem("accompaniment", rng)
+        else:
+            yield from (self.draw_stem(source, rng) for source in SOURCES[1:])
+
+    def draw_place(self, numbers: Sequence[int], rng: np.random.Generator) -> tuple[int, int]:
+        """(number of one of some tracks, first sample of a segment in it)."""
+        number = numbers[rng.integers(len(numbers))]
+        return number, int(rng.integers(self.tracks[number].length - self.length + 1))
+
+    def draw_stem(
+        self, source: str, rng: np.random.Generator, place: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.float32]:
+        """(samples of a segment, (2, length); what to multiply them by), augmented.
+
+        Args:
+            place: as of `draw_place`; None for one of its own.
+        """
+        number, start = place or self.draw_place(self.holders[source], rng)
+        self.reading.note(number, STEMS.index(source))
         track = self.tracks[number]
-        start = int(rng.integers(track.length - self.length + 1))
-        gain = np.float32(rng.uniform(0.25, 1.25))
-        swap = rng.random() < 0.5
+        gain = np.float32(rng.uniform(*self.gains))
+        swap = rng.random() < self.swap
         samples, unit = track.read_samples(source, start, self.length)
         return (samples[::-1] if swap else samples), gain * unit
 
@@ -145,6 +183,7 @@ class TrackDataset(Dataset):
     """Whole tracks without augmentation: (mixture, targets) as in SegmentDataset."""
 
     def __init__(self, tracks: Sequence[Track], mix_background: bool = True):
+        _refuse_pairs(tracks, mix_background)
         self.tracks, self.mix_background = tracks, mix_background
 
     def __len__(self) -> int:
@@ -153,8 +192,28 @@ class TrackDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         track = self.tracks[index]
         mixture, targets = _allocate(self.mix_background, track.length)
-        mix_targets(map(track.read_samples, SOURCES), mixture, targets)
+        mix_targets(map(track.read_samples, track.sources), mixture, targets)
         return mixture, targets
+
+
+def _refuse_pairs(tracks: Sequence[Track], mix_background: bool) -> None:
+    pairs = [track.name for track in tracks if track.is_pair]
+    if pairs and not mix_background:
+        raise DatasetError(
+            f"--mix_background no: {plural(len(pairs), 'track')} without bass, drums and other"
+            f" ({pairs[0]}); use --mix_background yes, or remove them"
+        )
+
+
+def _refuse_short(tracks: Sequence[Track], length: int) -> None:
+    faults: dict[Path, list[str]] = {}
+    for track in tracks:
+        if track.length < length:
+            faults.setdefault(track.place.root, []).append(
+                f"{track.place}: {track.seconds:.2f} s, shorter than"
+                f" --segment {length / track.rate:g}"
+            )
+    raise_dataset_faults(faults)
 
 
 def _allocate(mix_background: bool, length: int, *batch: int) -> tuple[Tensor, Tensor]:
@@ -172,8 +231,8 @@ def mix_targets(
     """Writes the stems to the targets and their sum to the mixture.
 
     Args:
-        stems: pairs (samples, gain) in the order of SOURCES. Each target is a stem, and the last
-            one the sum of all remaining stems.
+        stems: pairs (samples, gain) in the order of SOURCES or TARGETS. Each target is a stem, and
+            the last one the sum of all remaining stems.
 
     Shape:
         - samples: (2, length)

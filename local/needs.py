@@ -5,32 +5,54 @@ from argparse import Namespace
 from torch import nn
 
 from local.fast.choose import choose_fast
+from local.inference import count_windows
 from local.streaming import find_stream_fault
 from local.tasnet import ConvTasNetStereo
+from local.tools.command_line import brief
+from local.tools.memory import is_out_of_memory
 
 WORKSPACE = 100e6  # bytes that do not grow with the track, of the published models (measured)
 
 
-def separation_bytes(model: nn.Module, seconds: float, method: str, fast: str = "auto") -> float:
-    """Return the bytes of the machine's memory that the separation of a whole track takes.
+def separation_bytes(
+    model: nn.Module, seconds: float, args: Namespace, in_blocks: bool = False
+) -> float:
+    """Return the bytes of the machine's memory that the separation of a track takes.
 
-    Mixture and estimates are counted, and what `full` keeps of the track; the latter not for models
-    other than ConvTasNetStereo, of which it is not known, and not on a GPU, which has memory of its
-    own.
+    Mixture and estimates are counted, and what the model keeps of what it separates at once: the
+    track, or a window of overlap-add. The latter not for models other than ConvTasNetStereo, of
+    which it is not known, and not on a GPU, which has memory of its own.
 
     Args:
-        method, fast: as in `inference.separate`.
+        args: of the flags of `add_method_flags`.
+        in_blocks: whether mixture and estimates are never in memory as a whole.
     """
-    samples = seconds * model.samplerate
+    rate, at_once = model.samplerate, seconds
     targets = model.C + (model.C > 2)  # then the accompaniment is one more
-    signals = 4 * model.audio_channels * (1 + targets) * samples
-    is_on_gpu = next(model.parameters()).is_cuda
-    if method != "full" or is_on_gpu or not isinstance(model, ConvTasNetStereo):
+    signals = 0 if in_blocks else 4 * model.audio_channels * (1 + targets) * seconds * rate
+    device = next(model.parameters()).device
+    if device.type != "cpu" or args.method == "stream" or not isinstance(model, ConvTasNetStereo):
         return WORKSPACE + signals
+    if args.method == "overlap-add":
+        window = args.segment * (1 + args.overlap) + args.overlap
+        at_once = min(seconds, window * count_windows(device))
     channels = 5 * model.H + 2 * model.B + model.N  # of the model itself, at its peak (measured)
-    if choose_fast(model, fast):  # the residual, and a buffer; or a stream
+    if choose_fast(model, args.fast):  # the residual, and a buffer; or a stream
         channels = model.B + max(model.B, model.H) if find_stream_fault(model) else 0
-    return WORKSPACE + signals + 4 * channels * samples / model.encoder.hop
+    return WORKSPACE + signals + 4 * channels * at_once * rate / model.encoder.hop
+
+
+def describe_failure(error: Exception, args: Namespace, on_cpu: str = "") -> str:
+    """Return why a track could not be separated; an error that does not tell is raised again.
+
+    Args:
+        args, on_cpu: see `advise_on_memory`.
+    """
+    if is_out_of_memory(error):
+        return f"out of memory: {brief(error)}{advise_on_memory(args, on_cpu)}"
+    if not isinstance(error, ValueError):
+        raise error
+    return str(error)
 
 
 def advise_on_memory(args: Namespace, on_cpu: str = "") -> str:

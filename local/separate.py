@@ -9,11 +9,11 @@ come, with a causal model.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ from local.tools.choices import add_method_flags
 from local.tools.command_line import (
     OneLineParser,
     UserError,
-    brief,
     cleaning_up_on_sigterm,
     clear_errors,
     plural,
@@ -36,7 +35,7 @@ from local.tools.memory import free_memory, is_out_of_memory
 from local.tools.progress import add_progress_flags, report, set_progress
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,56 +154,84 @@ def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
     Raises:
         UserError: there is no song, or OUT cannot be written.
     """
-    from local.estimates import list_targets
-    from local.needs import advise_on_memory
+    from local.estimates import describe_settings
+    from local.needs import describe_failure
     from local.songs.find import check_writable, find_songs
 
-    targets = list_targets(model)
     songs, failures = find_songs(args.songs, args.out)
     for path, fault in failures.items():
         report(f"{path}: {fault}", sys.stderr)
     check_writable(args.out)
-    kept, unreadable = 0, len(failures)
+    settings = describe_settings(args, model)
+    on_cpu = "" if args.device == "cpu" else "--device cpu"
+    done = {False: 0, True: 0}
     for number, (folder, song) in enumerate(songs.items(), start=1):
         title = f"[{number}/{len(songs)}] {song.name}"
-        if not args.overwrite and all((folder / f"{name}.wav").is_file() for name in targets):
-            report(f"{title}: is in {folder} already; --overwrite separates it again")
-            kept += 1
-            continue
         try:
-            separate_song(model, song, folder, args, title)
+            done[separate_missing(model, song, folder, args, title, settings)] += 1
         except Exception as error:
-            if is_out_of_memory(error):
-                on_cpu = "" if args.device == "cpu" else "--device cpu"
-                advice = advise_on_memory(args, on_cpu)
-                failures[song] = f"out of memory: {brief(error)}{advice}"
-            elif isinstance(error, UserError):
-                failures[song] = str(error)
-            else:
-                raise
+            failures[song] = describe_failure(error, args, on_cpu)
             report(f"{title}: {failures[song]}", sys.stderr)
-    done = len(songs) - kept - (len(failures) - unreadable)
     faults = f", {len(failures)} with faults" if failures else ""
-    report(f"{plural(done, 'song')} separated to {args.out}, {kept} there already{faults}")
+    separated = plural(done[True], "song")
+    report(f"{separated} separated to {args.out}, {done[False]} there already{faults}")
     return failures
 
 
-def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, title: str) -> None:
-    """Write the estimates of a song, with its length, sampling rate and number of channels.
+def separate_missing(
+    model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, settings: dict
+) -> bool:
+    """Separate a song whose estimates are not there yet, and return whether they were not.
+
+    Args:
+        settings: see `estimates.describe_settings`.
+
+    Raises:
+        UserError: the folder has estimates of another song, or by other settings; or see
+            `separate_song`.
+    """
+    from local.estimates import list_targets
+    from local.songs.record import find_fault, plan_record
+
+    record = plan_record(song, settings, args.float32)
+    is_there = all((folder / f"{name}.wav").is_file() for name in list_targets(model))
+    if args.overwrite or not is_there:
+        separate_song(model, song, folder, args, title, record)
+        return True
+    if fault := find_fault(folder, record):
+        advice = "--overwrite separates it again, --out writes elsewhere"
+        raise UserError(f"{folder} holds {fault}; {advice}")
+    report(f"{title}: is in {folder} already; --overwrite separates it again")
+    return False
+
+
+def separate_song(
+    model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, record: dict
+) -> None:
+    """Write the estimates of a song, with its length, sampling rate and number of channels, and
+    what made them: see `songs.record`.
 
     Raises:
         UserError: the folder cannot be written, memory is too small, or the song cannot be read, or
             only in part; the part that can be read is separated.
     """
+    import torch
+
     from local.estimates import EstimateWriter, list_targets, progress_bar
     from local.inference import separate_blocks
     from local.songs.convert import read_mixture, restore
     from local.songs.read import SongReader
+    from local.songs.record import save_record
 
     reader, rate, targets = SongReader(song), model.samplerate, list_targets(model)
     mixture = read_mixture(reader, rate)
+    seconds = reader.expected / reader.rate if reader.expected else math.inf
     if args.method == "full":
-        mixture = [read_whole(mixture, model, args, title)]
+        mixture = [torch.cat(list(mixture), dim=-1)]
+        seconds = mixture[0].shape[-1] / rate
+    memory = check_memory(model, seconds, args)
+    if args.method == "full":
+        report(f"{title}: {memory}")
     samples = reader.expected and round(reader.expected * rate / reader.rate)
     try:
         with (
@@ -215,6 +242,7 @@ def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, t
             blocks = separate_blocks(model, mixture, *settings)
             for estimates in restore(blocks, targets, rate, reader):
                 writer.write(estimates)
+        save_record(folder, record | {"damage": reader.damage or ""})
     except OSError as error:
         if is_out_of_memory(error):
             raise
@@ -225,24 +253,20 @@ def separate_song(model: nn.Module, song: Path, folder: Path, args: Namespace, t
         raise UserError(f"damaged; separated what ffmpeg could read: {reader.damage}")
 
 
-def read_whole(blocks: Iterable[Tensor], model: nn.Module, args: Namespace, title: str) -> Tensor:
-    """Read a song for `full`, and say what its separation will need.
+def check_memory(model: nn.Module, seconds: float, args: Namespace) -> str:
+    """Return what memory the separation of a song needs, and finds.
 
     Raises:
-        UserError: memory is too small.
+        UserError: that is too little.
     """
-    import torch
-
     from local.needs import advise_on_memory, separation_bytes
 
-    mixture = torch.cat(list(blocks), dim=-1)
-    seconds = mixture.shape[-1] / model.samplerate
-    needed, free = separation_bytes(model, seconds, args.method, args.fast), free_memory()
-    memory = f"about {needed / 1e9:.1f} GB of memory for {seconds:.0f} s, {free / 1e9:.1f} GB free"
+    in_blocks = args.method != "full"
+    needed, free = separation_bytes(model, seconds, args, in_blocks), free_memory()
+    memory = f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
     if needed > free:
-        raise UserError(f"--method full needs {memory}{advise_on_memory(args)}")
-    report(f"{title}: --method full needs {memory}")
-    return mixture
+        raise UserError(f"--method {args.method} needs {memory}{advise_on_memory(args)}")
+    return f"--method {args.method} needs {memory}"
 
 
 if __name__ == "__main__":

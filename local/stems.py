@@ -1,14 +1,13 @@
 """Convert MUSDB18, one .stem.mp4 file per track, to wav files in the layout of MUSDB18-HQ.
 
-`python -m local.stems ROOT OUT` decodes ROOT/{train,test}/TRACK.stem.mp4 to
-OUT/{train,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
+`python -m local.stems ROOT OUT` decodes ROOT/{train,valid,test}/TRACK.stem.mp4 to
+OUT/{train,valid,test}/TRACK/{mixture,drums,bass,other,vocals}.wav.
 """
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
@@ -23,9 +22,11 @@ from local.tools.command_line import (
 )
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.files import atomic_path, is_foreign
-from local.tools.progress import add_progress_flags, set_progress, show_progress
+from local.tools.jobs import run_jobs
+from local.tools.progress import add_progress_flags, set_progress
 
 SUFFIX = ".stem.mp4"
+SPLITS = ("train", "valid", "validation", "test")
 # The audio streams of a file, in their order.
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")
 
@@ -87,28 +88,14 @@ def decode_tree(root: Path, out: Path, jobs: int) -> tuple[int, int]:
             lists after decoding the others.
     """
     need_ffmpeg()
-    files = {path: out / split for split in ("train", "test") for path in stem_files(root, split)}
+    files = {path: out / split for split in SPLITS for path in stem_files(root, split)}
     if not files:
         raise UserError(f"{root} holds no train/TRACK{SUFFIX} or test/TRACK{SUFFIX}")
     folders = {path: split_folder / track_name(path) for path, split_folder in files.items()}
     missing = {path: folder for path, folder in folders.items() if not folder.exists()}
-    faults = []
-    bar = show_progress("decoded", len(missing), "tracks")
-    with ThreadPoolExecutor(jobs) as pool, bar:
-        futures = [pool.submit(decode_track, *item) for item in missing.items()]
-        try:
-            for future in as_completed(futures):
-                fault = future.exception()
-                if isinstance(fault, UserError):
-                    faults.append(str(fault))
-                elif fault is not None:
-                    raise fault
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # else the pool would decode all tracks first
-            raise
+    _, faults = run_jobs(decode_track, list(missing.items()), jobs, "decoded", "tracks")
     done = plural(len(missing) - len(faults), "track")
-    raise_together(sorted(faults), heading=f"{done} decoded, {len(faults)} failed")
+    raise_together(faults, heading=f"{done} decoded, {len(faults)} failed")
     return len(missing), len(folders) - len(missing)
 
 

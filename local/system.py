@@ -19,13 +19,23 @@ class MusicSystem(System):
 
     Logs `loss` of the batches at the log interval, and of an epoch `val_loss` and `val_sdr_TARGET`,
     means over the tracks of all ranks. Everything else that a run does is done by the callbacks in
-    local/train. No training step waits for the device, unless the optimizer is not fused.
+    local/train. No training step waits for the device, unless the optimizer is not fused, or
+    with --ema.
     """
 
     # Of the last optimizer step, on the device.
     grad_norm = None  # before it was clipped
     step_skipped = None  # 1 if that was not finite, else 0
     _sdr_sum = 0  # see `sum_sdr`
+
+    @staticmethod
+    def config_to_hparams(dic):
+        """As asteroid's, which makes tensors of lists, and cannot of a list of roots."""
+        text = {
+            section: {key: str(v) if isinstance(v, list) else v for key, v in keys.items()}
+            for section, keys in dic.items()
+        }
+        return System.config_to_hparams(text)
 
     def on_fit_start(self):
         training = self.config["training"]

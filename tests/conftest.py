@@ -40,11 +40,14 @@ TEST_NAMES = ("AM Contra - Heart Peripheral", "Triviul feat. The Fiend - Widow")
 # edited. Those that were published are checked by test_published.
 FIXED = [
     *["--P", "3", "--C", "2", "--audio_channels", "2", "--norm_type", "gLN", "--causal", "no"],
-    *["--mask_nonlinear", "relu", "--mix_background", "yes", "--suffix", "wav"],
+    *["--mask_nonlinear", "relu", "--mix_background", "yes", "--suffix", "auto"],
     *["--batch_size", "4", "--lr", "0.0005", "--half_lr", "yes", "--early_stop", "yes"],
     *["--seed", "0", "--precision", "32-true", "--compile", "auto", "--memory", "some"],
     *["--fast", "auto", "--valid_method", "full", "--max_valid_tracks", "-1", "--max_steps", "-1"],
-    *["--max_skipped_steps", "100", "--checkpoint_every", "30 min"],
+    *["--max_skipped_steps", "100", "--checkpoint_every", "30 min", "--lr_patience", "5"],
+    *["--patience", "20", "--keep_best", "10", "--loss", "l1", "--clip_norm", "5", "--ema", "0"],
+    *["--optimizer", "adam", "--weight_decay", "0", "--mix_tracks", "yes"],
+    *["--gain_min", "0.25", "--gain_max", "1.25", "--swap", "0.5"],
 ]
 TINY_RUN = [
     *["--N", "16", "--L", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"],
@@ -309,6 +312,22 @@ def run_command(
 ) -> subprocess.CompletedProcess:
     """Runs a script of this project, from any folder."""
     return run_python(ROOT / script, *args, cwd=cwd, **options)
+
+
+def imitate_slurm(folder: Path, status: int = 0) -> dict[str, str]:
+    """Makes a `scontrol` that notes its arguments in FOLDER/asked, and ends with a status.
+
+    Returns:
+        the variables of a process that srun has started.
+    """
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    note = f'echo "$@" >>"{folder}/asked"; echo disabled >&2; exit {status}'
+    scontrol.write_text(f"#!/bin/sh\n{note}")
+    scontrol.chmod(0o755)
+    ranks = dict(SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    job = dict(SLURM_JOB_ID="7", SLURM_JOB_NAME="a", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="1")
+    return {**ranks, **job, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
 
 
 def reset_signals() -> None:

@@ -164,13 +164,13 @@ def test_another_norm(change, published_loss, monkeypatch):
 
 def test_the_loss(change, published_loss):
     edited = change("The loss")
-    assert "MSELoss" in edited.train()
-    assert edited.loss == pytest.approx(published_loss(loss_func=F.mse_loss), rel=1e-5)
+    assert "HuberLoss" in edited.train("--loss", "huber")
+    assert edited.loss == pytest.approx(published_loss(loss_func=F.huber_loss), rel=1e-5)
 
 
 def test_the_optimizer(change):
     screen = change("The optimizer").train()
-    assert "AdamW(" in screen and "factor=0.7" in screen
+    assert "RAdam(" in screen and "factor=0.7" in screen
 
 
 def test_the_augmentation(change, train_set):

@@ -8,7 +8,8 @@ import yaml
 from conftest import run_python
 from test_published import CAUSAL, NON_CAUSAL
 
-from local.config import CONF_FILE, OPTIONS, find_faults, parse_conf, read_conf
+from local.config import CONF_FILE, OPTIONS, parse_conf, read_conf
+from local.keys import find_faults
 from local.tools.command_line import UserError, raise_together
 
 
@@ -129,7 +130,7 @@ def test_faults_of_the_values_are_reported_together():
         "--norm_type must be one of gLN, cLN, BN, id, got 'GLN'",
         "--epochs must be at least 1, or -1 for no limit, got 0",
         "--lr must be a number above 0, got -1.0",
-        "--suffix must be one of wav, flac, got mp3",
+        "--suffix must be one of auto, wav, flac, got mp3",
         "--precision must be one of",
         "--max_steps must be at least 1, or -1 for no limit, got 0",
         "--segment must be a number above 0, got nan",
@@ -196,6 +197,22 @@ def test_missing_keys_and_sections_are_named(tmp_path):
         (["--accelerator", "gpu"], "--accelerator gpu: torch sees no GPU"),
         (["--segment", "1e-5", "--L", "20"], "--segment 1e-05 is shorter than a frame (--L 20)"),
         (["--root", "nowhere"], "--root: no such folder: nowhere"),
+        (["--loss", "l2"], "--loss must be one of l1, mse, sdr, si_sdr (local/losses.py), got l2"),
+        (["--optimizer", "sgd"], "--optimizer must be one of adam, adamw, got sgd"),
+        (["--weight_decay", "inf"], "--weight_decay must be at least 0, got inf"),
+        (["--clip_norm", "0"], "--clip_norm must be a number above 0, got 0.0"),
+        (["--ema", "1"], "--ema must be at least 0 and below 1, got 1.0"),
+        (["--ema", "nan"], "--ema must be at least 0 and below 1, got nan"),
+        (["--patience", "0"], "--patience must be at least 1, got 0"),
+        (["--lr_patience", "-1"], "--lr_patience must be at least 0, got -1"),
+        (["--keep_best", "0"], "--keep_best must be at least 1, got 0"),
+        (["--swap", "1.5"], "--swap must be at least 0 and at most 1, got 1.5"),
+        (["--gain_max", "inf"], "--gain_max must be a number above 0, got inf"),
+        (["--gain_min", "-0.5"], "--gain_min must be at least 0, got -0.5"),
+        (
+            ["--gain_min", "1", "--gain_max", "0.5"],
+            "--gain_min must not be above --gain_max, got 1.0 and 0.5",
+        ),
     ],
 )
 def test_faults_of_flags(argv, words, monkeypatch):

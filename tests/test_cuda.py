@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -428,3 +429,22 @@ def test_validation_does_not_hold_the_memory_of_training(tmp_path):
     assert blocks > 400 * 2**20
     # What stays are weights, the states of Adam, a batch, and workspaces of cuBLAS.
     assert reserved.in_validation - before < blocks / 4
+
+
+@needs_asteroid
+def test_the_average_of_the_weights_is_on_the_gpu():
+    from local.train.average import WeightAverage
+
+    system, trainer, average = pl.LightningModule(), SimpleNamespace(), WeightAverage(0.5)
+    system.weight = torch.nn.Parameter(torch.zeros(3))
+    average.setup(trainer, system, "fit")  # which Lightning does before it moves the model
+    system.to(DEVICE)
+    average.on_fit_start(trainer, system)
+    for trainer.global_step in (1, 2, 3):
+        system.weight.data.fill_(trainer.global_step)
+        average.on_train_batch_end(trainer, system, None, None, None)
+    checkpoint = {"state_dict": system.state_dict()}
+    average.on_save_checkpoint(trainer, system, checkpoint)
+    (found,) = checkpoint["state_dict"].values()
+    assert found.device.type == system.weight.device.type
+    assert found.tolist() == [2.25] * 3  # of 1, 2 and 3, by halves

@@ -79,6 +79,15 @@ def test_two_devices_train_what_one_process_trains(alone, shared_flags, tmp_path
     assert result.stderr == ""
 
 
+def test_two_devices_average_what_one_process_averages(shared_flags, tmp_path):
+    flags = [*shared_flags, "--ema", "0.5", "--epochs", "1"]
+    train.main(["--exp_dir", str(tmp_path / "alone"), *flags, "--batch_size", "4"])
+    both = ["--exp_dir", tmp_path / "both", *flags, *TWO_RANKS, "--devices", "2"]
+    result = run_command("train.py", *both)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "both", tmp_path / "alone")
+
+
 PROBE = """
 import json, os, sys
 import pytorch_lightning as pl

@@ -24,6 +24,7 @@ from conftest import (
     TEST_NAMES,
     TINY_RUN,
     forward,
+    imitate_slurm,
     run_command,
     run_python,
     start_python,
@@ -50,6 +51,7 @@ from local.musdb18_tracks import SOURCES
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import locked, read_yaml
+from local.tracks.track import Place
 
 
 def evaluate(*args) -> None:
@@ -457,6 +459,20 @@ def test_ctrl_c_ends_the_run_and_its_scoring_processes(experiment, long_corpus, 
     assert not any(out.glob(".estimates*"))
 
 
+def test_an_evaluation_that_slurm_ends_in_time_requeues_its_job(experiment, long_corpus, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--exp_dir", experiment, "--root", long_corpus, "--out_dir", out, "--jobs", 2]
+    process = start(ROOT / "eval.py", *flags, own_process=True, **imitate_slurm(tmp_path))
+    wait_for(process, lambda: any(out.glob("test/[!.]*.json")))
+    os.killpg(process.pid, signal.SIGUSR1)  # all processes, as srun does
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 138
+    assert "SLURM has requeued job 7" in printed
+    assert "killed" not in printed and "Traceback" not in printed
+    check_that_all_end(process.pid)
+    assert not any(out.glob(".estimates*"))
+
+
 # Memory
 
 
@@ -733,7 +749,7 @@ def test_an_experiment_without_a_model_or_a_root(tmp_path, experiment, error_of,
     for content, words in {
         "data: 3": "--root is needed",
         "data: {root: 5}": "no such folder: 5",
-        "data: {root: x, suffix: mp3}": "data.suffix must be wav or flac, got mp3",
+        "data: {root: x, suffix: mp3}": "data.suffix must be one of auto, wav, flac, got mp3",
         "- 1": "expected sections",
     }.items():
         (tmp_path / "conf.yml").write_text(content)
@@ -843,7 +859,8 @@ def test_the_references_are_never_overwritten(place, experiment, own_corpus, tmp
 
 @pytest.mark.parametrize("place", ["", "test"])
 def test_packed_tracks_are_not_mixed_with_results(place, tmp_path):
-    track = PackedTrack(tmp_path / "test" / "A.stem.mp4", RATE)
+    file = tmp_path / "test" / "A.stem.mp4"
+    track = PackedTrack(Place(file, "A", "A", tmp_path, "test"), RATE)
     with pytest.raises(UserError, match="--out_dir: .* holds the test tracks"):
         make_out(tmp_path / place, {track.name: list_files(track)})
     assert not (tmp_path / "test").exists()

@@ -14,13 +14,16 @@ import local
 # A module imports modules of its own floor and of those below it.
 FLOORS = (
     ("local.tools", "local"),
-    ("local.tasnet", "local.musdb18_tracks", "local.sdr", "local.stems"),
-    ("local.models", "local.musdb18_dataset", "local.config", "local.checkpoint"),
+    (
+        *("local.tasnet", "local.tracks", "local.musdb18_tracks", "local.sdr", "local.losses"),
+        "local.stems",
+    ),
+    ("local.models", "local.musdb18_dataset", "local.keys", "local.config", "local.checkpoint"),
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates", "local.raw_stream"),
     ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
-    ("local.separate", "local.score", "local.compare", "local.demo_musdb18"),
+    ("local.separate", "local.score", "local.compare", "local.convert", "local.demo_musdb18"),
     ("train", "eval"),
 )
 LIBRARIES = ("torch", "pytorch_lightning", "lightning_fabric", "asteroid")
@@ -169,7 +172,7 @@ SLOW = {"torch", "asteroid", "pytorch_lightning", "museval", "musdb", "matplotli
 COMMANDS = (
     "train.py",
     "eval.py",
-    *(f"local/{name}.py" for name in ("separate", "score", "compare", "stems")),
+    *(f"local/{name}.py" for name in ("separate", "score", "compare", "stems", "convert")),
 )
 
 
@@ -187,7 +190,9 @@ def test_help_and_a_wrong_flag_answer_before_the_slow_imports(command, flags):
     assert result.stderr.splitlines()[-1] == f"{status} []", result.stderr
 
 
-@pytest.mark.parametrize("name", ["separate", "score", "compare", "stems", "demo_musdb18"])
+@pytest.mark.parametrize(
+    "name", ["separate", "score", "compare", "stems", "convert", "demo_musdb18"]
+)
 def test_a_command_runs_as_a_script_from_any_folder(name, tmp_path):
     result = run_python(ROOT / "local" / f"{name}.py", "--version", own_process=True, cwd=tmp_path)
     assert result.stdout == f"python -m local.{name} {local.__version__}\n", result.stderr

@@ -8,9 +8,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY_RUN, reset_signals, start_python
+from conftest import ROOT, TINY_RUN, imitate_slurm, reset_signals, start_python
 
-from local.train.interrupts import Interrupted, Interrupts, requeue_job
+from local.train.interrupts import Interrupted, Interrupts
 
 # Takes its time for the second step, and leaves a file when that begins.
 SLOW_STEP = """
@@ -131,21 +131,10 @@ def test_a_reader_of_the_output_that_is_gone_ends_a_run(start):
     assert "Traceback" not in stderr
 
 
-SRUN = dict(SLURM_NTASKS="1", SLURM_JOB_ID="7", SLURM_JOB_NAME="a", SLURM_PROCID="0")
-SRUN |= dict(SLURM_LOCALID="0", SLURM_NODEID="0", SLURM_NTASKS_PER_NODE="1", SLURM_NNODES="1")
-
-
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_run_that_slurm_ends_in_time_saves_and_requeues_its_job(start, tmp_path, status):
     """By our checkpoint alone: a file of Lightning's in the current folder is not resumed."""
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(
-        f'#!/bin/sh\necho "$@" >>"{tmp_path}/asked"; echo disabled >&2; exit {status}'
-    )
-    scontrol.chmod(0o755)
-    path = f"{scontrol.parent}:{os.environ['PATH']}"
-    env = {**os.environ, **SRUN, "PATH": path, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **imitate_slurm(tmp_path, status), "PYTHONPATH": str(ROOT)}
     (tmp_path / "cwd").mkdir()
     (tmp_path / "cwd" / "hpc_ckpt_1.ckpt").touch()
     process = start(seconds=2, more=["--samples_per_track", "8"], env=env, cwd=tmp_path / "cwd")
@@ -157,13 +146,6 @@ def test_a_run_that_slurm_ends_in_time_saves_and_requeues_its_job(start, tmp_pat
     assert ("has requeued job 7" in stderr) == (status == 0)
     assert ("job 7: disabled" in stderr) == (status == 1)
     assert len(list((tmp_path / "cwd").iterdir())) == 1
-
-
-def test_other_signals_and_jobs_of_no_srun_are_not_requeued(monkeypatch):
-    assert requeue_job(signal.SIGUSR1) == ""
-    for name, value in SRUN.items():
-        monkeypatch.setenv(name, value)
-    assert requeue_job(signal.SIGTERM) == ""
 
 
 def test_the_first_process_ends_a_validation():

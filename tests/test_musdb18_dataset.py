@@ -27,6 +27,7 @@ from local.musdb18_tracks import (
     find_tracks,
     split_validation,
 )
+from local.tracks.track import Part, Place
 from local.train.loaders import EpochSampler, RankSampler
 
 LENGTH = 4000
@@ -48,6 +49,12 @@ def fault_of(root: Path, split="train", **options) -> str:
     return str(error.value)
 
 
+def make_track(path: Path, length: int) -> Track:
+    """A track whose only stem is a file."""
+    place = Place(path.parent, path.parent.name, path.parent.name, path.parent, "train")
+    return Track(place, RATE, length, {path.stem: (Part(path.name),)})
+
+
 # Tracks
 
 
@@ -65,7 +72,7 @@ def test_tracks_are_sorted_and_keep_their_whole_names(corpus, tracks):
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_reading_gives_exactly_the_samples_of_the_file(suffix, tmp_path):
     write_track(tmp_path / "train" / "T.1 & co", 1.0, suffix=suffix, seed=7)
-    (track,) = find_tracks(tmp_path, "train", RATE, suffix)
+    (track,) = find_tracks(tmp_path, "train", RATE, suffix, with_mixture=True)
     for source, stem in make_stems(1.0, RATE, 7).items():
         audio = track.read(source, 100, 1000)
         assert audio.dtype == np.float32
@@ -115,7 +122,7 @@ CHUNKS = st.lists(
 def test_a_16_bit_wav_is_read_as_soundfile_reads_it(scratch, noise, before, after, fmt_tail, ends):
     path = scratch / "vocals.wav"
     path.write_bytes(wav_bytes(noise, before, after, fmt_tail))
-    track, (start, end) = Track(scratch, "wav", RATE, len(noise)), ends
+    track, (start, end) = make_track(scratch / "vocals.wav", len(noise)), ends
     samples, _ = track.read_samples("vocals", start, end - start)
     assert samples.dtype == np.int16  # not read by soundfile
     audio = track.read("vocals", start, end - start)
@@ -140,7 +147,7 @@ def test_a_16_bit_wav_is_read_as_soundfile_reads_it(scratch, noise, before, afte
 def test_all_other_formats_are_read_by_soundfile(tmp_path, noise, suffix, options):
     path = tmp_path / f"vocals.{suffix}"
     sf.write(path, noise, RATE, **options)
-    track = Track(tmp_path, suffix, RATE, len(noise))
+    track = make_track(path, len(noise))
     assert track.read_samples("vocals")[0].dtype == np.float32
     np.testing.assert_array_equal(track.read("vocals"), whole_file(path))
     np.testing.assert_array_equal(track.read("vocals", 7, 100), whole_file(path)[:, 7:107])
@@ -151,7 +158,7 @@ def test_a_header_with_wrong_sizes_is_read_by_soundfile(tmp_path, noise):
     whole, size = wav_bytes(noise), struct.pack("<I", noise.nbytes)
     path = tmp_path / "vocals.wav"
     path.write_bytes(whole.replace(b"data" + size, b"data" + b"\xff" * 4))
-    track = Track(tmp_path, "wav", RATE, len(noise))
+    track = make_track(tmp_path / "vocals.wav", len(noise))
     np.testing.assert_array_equal(track.read("vocals") * 32768, noise.T)
 
 
@@ -159,14 +166,14 @@ def test_a_header_with_wrong_sizes_is_read_by_soundfile(tmp_path, noise):
 def test_a_file_that_ends_within_its_header_is_an_error(tmp_path, noise, cut):
     (tmp_path / "vocals.wav").write_bytes(wav_bytes(noise)[:cut])
     with pytest.raises(DatasetError, match="vocals.wav: "):
-        Track(tmp_path, "wav", RATE, len(noise)).read("vocals", 0, 100)
+        make_track(tmp_path / "vocals.wav", len(noise)).read("vocals", 0, 100)
 
 
 @pytest.mark.parametrize("name", [b"RIFF", b"WAVE", b"fmt ", b"data"])
 def test_a_file_with_a_damaged_header_is_an_error(tmp_path, noise, name):
     (tmp_path / "vocals.wav").write_bytes(wav_bytes(noise).replace(name, b"\0" * 4))
     with pytest.raises(DatasetError, match="vocals.wav: "):
-        Track(tmp_path, "wav", RATE, len(noise)).read("vocals", 0, 100)
+        make_track(tmp_path / "vocals.wav", len(noise)).read("vocals", 0, 100)
 
 
 def test_a_segment_of_a_wav_reads_no_more_than_its_samples(tmp_path, noise):
@@ -174,7 +181,7 @@ def test_a_segment_of_a_wav_reads_no_more_than_its_samples(tmp_path, noise):
     size, path = 100 << 20, tmp_path / "vocals.wav"
     path.write_bytes(wav_bytes(noise[:0])[:-4] + struct.pack("<I", size))
     os.truncate(path, 44 + size)
-    track = Track(tmp_path, "wav", RATE, size // 4)
+    track = make_track(path, size // 4)
     tracemalloc.start()
     try:
         track.read_samples("vocals", 20_000_000, 4000)
@@ -216,7 +223,7 @@ def test_validation_tracks_from_a_file(tracks, tmp_path, kind):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("Nobody - Nothing\n" + TRAIN_NAMES[0], "--valid_tracks: not in train/: Nobody - Nothing"),
+        ("Nobody - Nothing\n" + TRAIN_NAMES[0], "--valid_tracks: not in .*: Nobody - Nothing"),
         ("", "pass --valid_tracks FILE"),
         ("\n".join(TRAIN_NAMES), "every track of train/ is a validation track"),
         (None, "--valid_tracks: cannot be read"),
@@ -240,7 +247,7 @@ def test_no_known_validation_track(tracks):
 
 def test_faults_of_the_layout(tmp_path):
     assert "no such folder" in fault_of(tmp_path / "nowhere")
-    assert "holds no train/TRACK/vocals.wav" in fault_of(tmp_path)
+    assert "holds no train/TRACK/vocals.wav or .flac" in fault_of(tmp_path)
     (tmp_path / "train").mkdir()
     assert "holds no tracks" in fault_of(tmp_path)
     (tmp_path / "train" / "A - B.stem.mp4").touch()
@@ -258,7 +265,7 @@ def test_every_fault_of_the_files_is_reported_at_once(own_corpus):
     fault = fault_of(own_corpus)
     for words in (
         f"7 faults in {own_corpus}",
-        f"{first.name}/bass.wav: missing",
+        f"{first.name}/bass.wav or .flac: missing",
         f"{first.name}/drums.wav: cannot be read",
         f"{second.name}/other.wav: no samples",
         f"{second.name}: files of different lengths",
@@ -271,7 +278,7 @@ def test_every_fault_of_the_files_is_reported_at_once(own_corpus):
 
 def test_the_other_suffix_is_suggested(tmp_path):
     write_corpus(tmp_path, suffix="flac")
-    fault = fault_of(tmp_path)
+    fault = fault_of(tmp_path, suffix="wav")
     assert "vocals.wav: missing (found vocals.flac: see --suffix)" in fault
     assert find_tracks(tmp_path, "train", RATE, suffix="flac")
 
@@ -353,7 +360,7 @@ def test_the_mixture_is_not_needed_for_training_but_for_the_test(own_corpus):
         for folder in (own_corpus / split).iterdir():
             (folder / "mixture.wav").unlink()
     assert find_tracks(own_corpus, "train", RATE)
-    assert "mixture.wav: missing" in fault_of(own_corpus, "test", sources=("mixture", *SOURCES))
+    assert not find_tracks(own_corpus, "test", RATE, with_mixture=True)[0].has_mixture
 
 
 def test_folders_of_systems_are_no_tracks(own_corpus):
@@ -372,7 +379,7 @@ def test_a_track_may_be_named_as_a_folder_of_a_system(own_corpus):
     folder = (own_corpus / "train" / TRAIN_NAMES[0]).rename(own_corpus / "train" / "Lost+Found")
     assert "Lost+Found" in [track.name for track in find_tracks(own_corpus, "train", RATE)]
     (folder / "vocals.wav").unlink()
-    assert "Lost+Found/vocals.wav: missing" in fault_of(own_corpus)
+    assert "Lost+Found/vocals.wav or .flac: missing" in fault_of(own_corpus)
 
 
 @pytest.mark.parametrize("content", [[], [".DS_Store"], ["._vocals.wav"], ["@eaDir"]])
@@ -381,7 +388,7 @@ def test_an_ordinary_folder_without_audio_is_a_fault(own_corpus, content):
     (own_corpus / "train" / "Failed").mkdir()
     for name in content:
         (own_corpus / "train" / "Failed" / name).touch()
-    assert "train/Failed/vocals.wav: missing" in fault_of(own_corpus)
+    assert "train/Failed/vocals.wav or .flac: missing" in fault_of(own_corpus)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
@@ -454,7 +461,7 @@ def test_a_damaged_flac_is_named_or_read_right(scratch, place, kind, start):
         content[index : index + 300] = bytes(len(content[index : index + 300]))
     path.write_bytes(content)
     try:
-        samples = Track(scratch, "flac", RATE, len(audio)).read("vocals", start, 1000)
+        samples = make_track(path, len(audio)).read("vocals", start, 1000)
     except DatasetError as error:
         fault = str(error)
         assert fault.startswith(f"{path}: ")
@@ -478,7 +485,7 @@ def changing(tmp_path, noise) -> tuple[Track, Path]:
     """(a track as it was when the run began, its file)"""
     path = tmp_path / "vocals.wav"
     path.write_bytes(wav_bytes(noise))
-    return Track(tmp_path, "wav", RATE, len(noise)), path
+    return make_track(tmp_path / "vocals.wav", len(noise)), path
 
 
 def test_a_truncated_file_is_read_as_far_as_it_goes(changing, noise):
@@ -581,6 +588,24 @@ def test_items_equal_a_plain_implementation_bit_for_bit(own_corpus, subtype, mix
         assert mixture.is_contiguous() and targets.is_contiguous()
 
 
+@pytest.mark.parametrize(("gains", "swap"), [((0.5, 0.5), 0), ((0.75, 2), 1)])
+def test_stems_of_one_track_are_from_one_place_with_gains_and_swaps_of_their_own(
+    tracks, gains, swap
+):
+    dataset = SegmentDataset(tracks, 1001, 4, False, 5, mix_tracks=False, gains=gains, swap=swap)
+    places = set()
+    for index in range(len(dataset)):
+        rng = np.random.default_rng((5, 2, index))
+        number = rng.integers(len(tracks))
+        start = rng.integers(tracks[number].length - 1001 + 1)
+        places.add((number, start))
+        for source, target in zip(SOURCES, dataset[2, index][1].numpy(), strict=True):
+            gain, _ = np.float32(rng.uniform(*gains)), rng.random()
+            segment = whole_file(tracks[number].path(source))[:, start : start + 1001]
+            np.testing.assert_array_equal(target, gain * segment[:: -1 if swap else 1])
+    assert len(places) == len(dataset)
+
+
 def plain_targets(tracks, length: int, seed: tuple, mix_background: bool) -> list[np.ndarray]:
     rng, stems = np.random.default_rng(seed), []
     for source in SOURCES:
@@ -605,7 +630,9 @@ def test_a_validation_item_is_a_whole_track_as_it_is(tracks):
     mixture, targets = TrackDataset(tracks)[2]
     assert targets.shape == (2, 2, tracks[2].length)
     np.testing.assert_array_equal(targets[0].numpy(), tracks[2].read("vocals"))
-    np.testing.assert_allclose(mixture.numpy(), tracks[2].read("mixture"), atol=1e-7)
+    np.testing.assert_allclose(
+        mixture.numpy(), whole_file(tracks[2].folder / "mixture.wav"), atol=1e-7
+    )
 
 
 def test_an_epoch_has_tracks_times_samples_per_track_items(segments):

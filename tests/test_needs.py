@@ -1,20 +1,27 @@
+import math
 from argparse import Namespace
 
 import pytest
 from conftest import ROOT, run_python
 from torch import nn
 
-from local.needs import WORKSPACE, advise_on_memory, separation_bytes
+from local.needs import WORKSPACE, advise_on_memory, describe_failure, separation_bytes
 from local.tasnet import ConvTasNetStereo
 
+FLAGS = dict(method="overlap-add", segment=6.0, overlap=0.1, fast="auto")
 SIZES = dict(N=8, L=20, B=64, H=256, X=1, R=1, C=2, audio_channels=2, samplerate=44100)
 
 
+def flags(**others) -> Namespace:
+    return Namespace(**{**FLAGS, **others})
+
+
 @pytest.mark.parametrize("fast", ["auto", "no"])
-def test_full_needs_what_it_takes(fast, tmp_path):
+@pytest.mark.parametrize("method", ["full", "overlap-add"])
+def test_a_separation_needs_what_it_takes(method, fast, tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(f"""
-import resource, sys
+import argparse, resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import psutil, torch
 from local.inference import separate
@@ -22,35 +29,46 @@ from local.needs import WORKSPACE, separation_bytes
 from local.tasnet import ConvTasNetStereo
 torch.set_num_threads(1)
 model = ConvTasNetStereo(**{SIZES!r}).eval()
-separate(model, torch.randn(2, 4410), "full", fast={fast!r})
+flags = argparse.Namespace(method={method!r}, segment=20.0, overlap=0.1, fast={fast!r})
+run = lambda mixture: separate(model, mixture, {method!r}, 20.0, 0.1, fast={fast!r})
+run(torch.randn(2, 4410))
 before = psutil.Process().memory_info().rss
-separate(model, torch.randn(2, 20 * 44100), "full", fast={fast!r})
+run(torch.randn(2, 30 * 44100))
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-print(separation_bytes(model, 20, "full", {fast!r}) - WORKSPACE)
+print(separation_bytes(model, 30, flags) - WORKSPACE)
 """)
     result = run_python(script, own_process=True)
     taken, needed = map(float, result.stdout.split())
     assert 0.8 * needed < taken < 1.1 * needed + WORKSPACE
 
 
-def test_other_methods_need_no_more_than_the_signals():
+def test_what_is_separated_at_once_needs_memory_beside_the_signals():
     model = ConvTasNetStereo(**SIZES).eval()
     stream = ConvTasNetStereo(**SIZES, causal=True, norm_type="cLN").eval()
     signals = WORKSPACE + 4 * 6 * 44100 * 60
-    assert separation_bytes(model, 60, "overlap-add") == signals
-    assert separation_bytes(model, 60, "full") > signals
-    assert separation_bytes(stream, 60, "full") == signals  # in blocks, with the same result
-    assert separation_bytes(stream, 60, "full", "no") > signals
+
+    def excess(model, **others) -> float:
+        return separation_bytes(model, 60, flags(**others)) - signals
+
+    whole = excess(model, method="full")
+    assert whole > 0
+    assert excess(model) == pytest.approx(whole * 6.7 / 60)  # a window of 6 * 1.1 + 0.1 s
+    assert excess(model, segment=600.0) == whole  # no window is longer than the track
+    assert excess(stream, method="full") == 0  # in blocks, with the same result
+    assert excess(stream, method="stream") == 0
+    assert excess(stream, method="full", fast="no") > 0
+    in_blocks = separation_bytes(model, math.inf, flags(), in_blocks=True)
+    assert in_blocks == pytest.approx(WORKSPACE + excess(model))
 
 
 def test_of_another_model_the_signals_alone_are_known():
     model = nn.Conv1d(2, 4, 1)
     model.C, model.audio_channels, model.samplerate = 2, 2, 44100
-    assert separation_bytes(model, 60, "full") == WORKSPACE + 4 * 6 * 44100 * 60
+    assert separation_bytes(model, 60, flags(method="full")) == WORKSPACE + 4 * 6 * 44100 * 60
 
 
 @pytest.mark.parametrize(
-    "flags, on_cpu, advice",
+    "others, on_cpu, advice",
     [
         ({}, "", "; these need less: --segment below 6.0"),
         ({"method": "full"}, "", "; these need less: --method overlap-add"),
@@ -62,6 +80,13 @@ def test_of_another_model_the_signals_alone_are_known():
         ({"method": "stream"}, "", ""),
     ],
 )
-def test_the_flags_that_need_less_memory(flags, on_cpu, advice):
-    known = {"method": "overlap-add", "segment": 6.0, "fast": "auto"}
-    assert advise_on_memory(Namespace(**{**known, **flags}), on_cpu) == advice
+def test_the_flags_that_need_less_memory(others, on_cpu, advice):
+    assert advise_on_memory(flags(**others), on_cpu) == advice
+
+
+def test_a_failure_is_told_and_an_error_of_another_kind_raised():
+    assert describe_failure(ValueError("damaged"), flags()) == "damaged"
+    told = describe_failure(MemoryError("no room"), flags(method="full"), "--use_gpu 0")
+    assert told == "out of memory: no room; these need less: --use_gpu 0, --method overlap-add"
+    with pytest.raises(KeyError, match="name"):
+        describe_failure(KeyError("name"), flags())

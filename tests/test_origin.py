@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import subprocess
@@ -10,9 +11,14 @@ import train
 from local import demo_musdb18
 from local.config import parse_conf
 from local.musdb18_tracks import VALIDATION_TRACKS
+from local.tracks.track import Place
 from local.train import origin
 from local.train.origin import find_commit, name_dataset
 from local.train.recipe import describe_code
+
+
+def make_places(root, names) -> list[Place]:
+    return [Place(root / "train" / name, name, name, root, "train") for name in names]
 
 
 def read_best(exp_dir) -> dict:
@@ -35,7 +41,8 @@ def test_a_model_tells_what_made_it(experiment, corpus):
     best = min(kept, key=kept.get)
     assert infos["val_loss"] == kept[best]
     assert f"epoch={infos['epoch']}-" in best
-    assert (content["dataset"], len(content["licenses"])) == ("MUSDB18", 1)
+    assert content["dataset"] == f"MUSDB18, and other tracks of {corpus}"
+    assert [terms["title"] for terms in content["licenses"]] == ["MUSDB18"]
 
 
 def test_a_model_of_ones_own_tracks_is_none_of_musdb18(tmp_path):
@@ -51,23 +58,41 @@ def test_a_model_of_ones_own_tracks_is_none_of_musdb18(tmp_path):
     assert content["task"] == "music source separation"
 
 
+def test_the_names_of_musdb18_are_those_of_its_150_tracks():
+    names = origin.NAMES.read_text(encoding="utf-8").splitlines()
+    assert len(set(names)) == len(names) == 150
+    published = (ROOT / "local/comparison/published_scores.csv").read_text(encoding="utf-8")
+    scored = {row["track"] for row in csv.DictReader(published.splitlines())}
+    assert scored | set(VALIDATION_TRACKS) < set(names)
+
+
 @pytest.mark.parametrize(
-    ("tracks", "is_musdb18"),
+    ("tracks", "dataset"),
     [
-        (VALIDATION_TRACKS, True),
-        (["Me - One", VALIDATION_TRACKS[5]], True),  # among others
-        (["Me - One"], False),
-        ([], False),
+        (VALIDATION_TRACKS, "MUSDB18"),
+        (["Music Delta - Punk"], "MUSDB18"),  # no validation track of musdb
+        (["zeno - signs"], "MUSDB18"),  # of the test split
+        (["Me - One", VALIDATION_TRACKS[5]], "MUSDB18, and other tracks of ROOT"),
+        (["Me - One"], "tracks of ROOT"),
+        ([], "tracks of ROOT"),
     ],
 )
-def test_which_data_are_musdb18(tracks, is_musdb18, tmp_path):
-    assert (name_dataset(tmp_path, list(tracks)) == "MUSDB18") is is_musdb18
+def test_which_data_are_musdb18(tracks, dataset, tmp_path):
+    found = name_dataset([tmp_path], make_places(tmp_path, tracks))
+    assert found == dataset.replace("ROOT", str(tmp_path))
 
 
 def test_the_demo_is_not_musdb18_although_its_validation_tracks_are_called_so(tmp_path):
+    train_names = [*demo_musdb18.VALID_NAMES, "Artist 01 - Song 1"]
     demo_musdb18.claim(tmp_path / "demo", {"seed": 0})
-    name = name_dataset(tmp_path / "demo", list(demo_musdb18.VALID_NAMES))
+    demo, own = tmp_path / "demo", tmp_path / "own"
+    songs = make_places(demo, train_names)
+    name = name_dataset([demo], songs)
     assert "demo" in name and "MUSDB18" not in name
+    both = name_dataset([demo, own], songs + make_places(own, ["Me - One"]))
+    assert str(own) in both and "MUSDB18" not in both
+    musdb = make_places(own, VALIDATION_TRACKS[:1])
+    assert name_dataset([demo, own], songs + musdb).startswith("MUSDB18, and other tracks of")
 
 
 # The commit

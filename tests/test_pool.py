@@ -86,12 +86,12 @@ class FatalTrack(Track):
     main: int = 0
     times: Path | None = None  # a file, where it happens but once
 
-    def read(self, *args):
+    def read_file(self, *args):
         if os.getpid() != self.main and not (self.times and self.times.exists()):
             if self.times:
                 self.times.touch()
             self.end()
-        return super().read(*args)
+        return super().read_file(*args)
 
     def end(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -105,7 +105,7 @@ class GreedyTrack(FatalTrack):
 
 
 def as_kind(kind: type, track: Track, times: Path | None = None) -> Track:
-    fields = track.folder, track.suffix, track.rate, track.length
+    fields = track.place, track.rate, track.length, track.stems
     return kind(*fields, main=os.getpid(), times=times)
 
 

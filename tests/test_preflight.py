@@ -16,6 +16,7 @@ from local.train.preflight import check_files, describe_versions
 from local.train.run_folder import count_needed_bytes, find_existing_parent, find_folder_faults
 
 Usage = namedtuple("Usage", "free")
+TRAINING = {"keep_best": 10, "ema": 0.0}
 
 
 def cut(path, share=0.9) -> None:
@@ -27,11 +28,11 @@ def cut(path, share=0.9) -> None:
 def test_files_that_end_badly_are_listed(tmp_path):
     root = write_corpus(tmp_path, "flac")
     tracks = find_tracks(root, "train", RATE, "flac")
-    check_files(root, tracks)
+    check_files(tracks)
     cut(tracks[0].path("bass"))
     cut(tracks[2].path("vocals"))
     with pytest.raises(DatasetError) as error:
-        check_files(root, find_tracks(root, "train", RATE, "flac"))
+        check_files(find_tracks(root, "train", RATE, "flac"))
     heading, *lines = str(error.value).splitlines()
     assert heading.startswith(f"--root: 2 faults in {root};")
     for line, path in zip(lines, (tracks[0].path("bass"), tracks[2].path("vocals")), strict=True):
@@ -45,21 +46,21 @@ def test_a_check_finds_damage_in_the_middle_of_a_flac(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    check_files(root, tracks)
+    check_files(tracks)
     with pytest.raises(DatasetError, match=f"1 fault in .*\n  {path}: damaged after 0.4"):
-        check_files(root, tracks, whole=True)
+        check_files(tracks, whole=True)
 
 
 def test_a_place_that_will_not_do(tmp_path, monkeypatch):
-    assert find_folder_faults(tmp_path / "new" / "run", 1000) == []
+    assert find_folder_faults(tmp_path / "new" / "run", TRAINING, 1000) == []
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    (fault,) = find_folder_faults(tmp_path / "file" / "run", 1000)
+    (fault,) = find_folder_faults(tmp_path / "file" / "run", TRAINING, 1000)
     file = tmp_path / "file"
     assert fault == f"--exp_dir: {file / 'run'} cannot be written: {file}: Not a directory"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1.2e9))
-    assert find_folder_faults(tmp_path, 1000) == []
-    (fault,) = find_folder_faults(tmp_path, 10_846_800)
+    assert find_folder_faults(tmp_path, TRAINING, 1000) == []
+    (fault,) = find_folder_faults(tmp_path, TRAINING, 10_846_800)
     assert fault == (
         f"--exp_dir: a run writes about 1.8 GB, and 1.2 GB are free in {tmp_path};"
         " make room, or name another folder"
@@ -73,7 +74,7 @@ def test_what_is_in_the_way(tmp_path):
     (tmp_path / "conf.yml").write_text("")
     (tmp_path / "changes.yml").mkdir()
     kinds = {"checkpoints": "folder", "logs": "folder", "changes.yml": "file"}
-    assert find_folder_faults(tmp_path, 1000) == [
+    assert find_folder_faults(tmp_path, TRAINING, 1000) == [
         f"--exp_dir: {tmp_path / name} is in the way: it should be a {kind}"
         for name, kind in kinds.items()
     ]
@@ -95,13 +96,16 @@ def test_what_a_run_writes_is_what_it_says(experiment):
     overhead = 100_000  # bytes of names and settings, which count in a tiny model
     for path in checkpoints:
         assert 12 * parameters < path.stat().st_size < 12 * parameters + overhead
-    assert count_needed_bytes(Path("new"), 0) == run_folder.LOG_BYTES
+    assert count_needed_bytes(Path("new"), TRAINING, 0) == run_folder.LOG_BYTES
     whole = 13 * 12 * parameters + 2 * 4 * parameters
-    assert count_needed_bytes(Path("new"), parameters) == run_folder.LOG_BYTES + whole
+    assert count_needed_bytes(Path("new"), TRAINING, parameters) == run_folder.LOG_BYTES + whole
+    more = {"keep_best": 20, "ema": 0.9}
+    whole = 23 * 16 * parameters + 2 * 4 * parameters
+    assert count_needed_bytes(Path("new"), more, parameters) == run_folder.LOG_BYTES + whole
     written = sum(path.stat().st_size for path in checkpoints)
     much = 10_846_800
-    rest = count_needed_bytes(Path("new"), much) - count_needed_bytes(experiment, much)
-    assert rest == written
+    new, resumed = (count_needed_bytes(path, TRAINING, much) for path in (Path("new"), experiment))
+    assert new - resumed == written
 
 
 def test_the_nearest_folder_that_is_there(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -19,6 +19,7 @@ from local.tools.private import (
     end_with_sigterm_as_with_ctrl_c,
     has_hooks,
     kill_launched_processes,
+    move_average,
     rewind_loops,
     set_finished_batches,
 )
@@ -181,3 +182,13 @@ def test_a_checkpoint_is_resumed_after_the_batches_that_it_says_are_finished(tmp
     assert resume(tmp_path / "a.ckpt", 1, 3, change) == [(1, batch) for batch in range(1, 5)], (
         "Lightning keeps the progress of its loops otherwise: see set_finished_batches"
     )
+
+
+def test_move_average_moves_the_averaged_model():
+    averaging, device = WeightAveraging(), torch.device("meta")
+    averaging.setup(SimpleNamespace(), Small(), "fit")
+    move_average(averaging, device)
+    checkpoint = {"state_dict": {}}
+    averaging.on_save_checkpoint(SimpleNamespace(), Small(), checkpoint)
+    devices = {tensor.device for tensor in checkpoint["state_dict"].values()}
+    assert devices == {device}, "Lightning keeps the average elsewhere: see local/tools/private.py"

@@ -13,7 +13,7 @@ import soundfile as sf
 import torch
 import torch.nn.functional as F
 from conftest import RATE, TRAIN_NAMES, write_corpus
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import train
 from local.checkpoint import load_model
 from local.config import parse_conf
+from local.losses import LOSSES
 from local.models import count_parameters, make_model
 from local.musdb18_dataset import keep_batch
 from local.musdb18_tracks import find_tracks
@@ -192,6 +193,33 @@ def test_the_trainer_is_set_as_published(build_published):
     assert trainer.precision == "32-true"
     assert trainer.check_val_every_n_epoch == 1
     assert trainer.limit_train_batches == trainer.limit_val_batches == 1.0
+
+
+def test_what_the_published_script_holds_fixed_can_be_set(build_published):
+    flags = (
+        "--optimizer adamw --weight_decay 0.1 --clip_norm 2 --lr_patience 3 --patience 7 --ema 0.9"
+        " --keep_best 4 --mix_tracks no --gain_min 0.5 --gain_max 0.75 --swap 1"
+    ).split()
+    run = build_published(*flags)
+    (group,) = run.system.optimizer.param_groups
+    assert type(run.system.optimizer) is torch.optim.AdamW
+    assert (group["weight_decay"], group["lr"], group["fused"]) == (0.1, 0.0005, True)
+    assert run.system.scheduler.patience == 3
+    assert run.trainer.gradient_clip_val == 2
+    (stopper,) = find_callbacks(run.trainer, EarlyStopping)
+    (keeper,) = find_callbacks(run.trainer, ModelCheckpoint)
+    assert (stopper.patience, keeper.save_top_k) == (7, 4)
+    assert len(find_callbacks(run.trainer, WeightAveraging)) == 1
+    data = run.train_set
+    assert (data.mix_tracks, data.gains, data.swap) == (False, (0.5, 0.75), 1)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("mse", "rel"), ("sdr", "abs"), ("si_sdr", "abs")])
+def test_a_better_val_loss_is_one_below_in_any_unit(name, mode, build_published):
+    """With "rel", -9.9999 dB would count as better than -10 dB."""
+    system = build_published("--loss", name).system
+    assert type(system.loss_func) is LOSSES[name]
+    assert system.scheduler.threshold_mode == mode
 
 
 def test_batches_are_of_shuffled_items_and_the_incomplete_one_is_dropped(build_published):

@@ -72,6 +72,7 @@ SMALLER = {
     "python tests/benchmark.py score": "--lengths 1 --repeats 1 --tracks 2".split(),
     "ffmpeg": [],
     "python -m local.stems": [],
+    "python -m local.convert": ["--sample_rate", str(RATE)],
     "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
 }
 
@@ -81,6 +82,12 @@ def checkout(tmp_path_factory, experiment) -> Path:
     """A copy of the project with MUSDB18 in it, and what the hub's client would have fetched."""
     folder = copy_project(tmp_path_factory.mktemp("readme") / "checkout")
     write_corpus(folder / "MUSDB18")
+    write_corpus(folder / "OWN")
+    for split, name in {"train": "Pair", "valid": "Other pair"}.items():
+        stems = write_track(folder / "PAIRS" / split / name)
+        (stems / "other.wav").rename(stems / "instrumental.wav")
+        for left in ("bass.wav", "drums.wav", "mixture.wav"):
+            (stems / left).unlink()
     (folder / "two.txt").write_text("\n".join(TRAIN_NAMES[:2]), encoding="utf-8")
     for number, name in enumerate(["SONG.mp3", "SONGS/one.mp3", "SONGS/two.mp3"]):
         (folder / "SONGS").mkdir(exist_ok=True)

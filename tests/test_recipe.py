@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 import local.train.checkpoints
 import local.train.recipe
 import train
-from local.config import KEYS, OPTIONS, parse_conf, read_conf
+from local.config import OPTIONS, parse_conf, read_conf
+from local.keys import KEYS
 from local.system import MusicSystem
 from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last

@@ -281,6 +281,17 @@ def test_what_may_change_freely(corpus, tmp_path):
     assert find_changes(conf, content["run"]["inputs"], content) == []
 
 
+def test_a_resumed_run_may_keep_fewer_or_more_of_the_best(corpus, undisturbed, tmp_path):
+    exp_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    scores = json.loads((exp_dir / "best_k_models.json").read_text())
+    train.main(flags(exp_dir, corpus, "--keep_best", 1, epochs=4))
+    (kept,) = json.loads((exp_dir / "best_k_models.json").read_text())
+    assert kept == min(scores, key=scores.get) or kept.startswith("checkpoints/epoch=3-")
+    assert [path.name for path in exp_dir.glob("checkpoints/epoch=*")] == [Path(kept).name]
+    train.main(flags(exp_dir, corpus, "--keep_best", 2, epochs=5))
+    assert len(list(exp_dir.glob("checkpoints/epoch=*"))) == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", None])
 def test_a_damaged_checkpoint_is_renamed(
     content, undisturbed, corpus, tmp_path, monkeypatch, capsys

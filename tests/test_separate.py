@@ -58,7 +58,7 @@ def flags(checkpoints, tmp_path) -> list:
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: sf.read(path, dtype="float32")[0] for path in folder.iterdir()}
+    return {path.stem: sf.read(path, dtype="float32")[0] for path in folder.glob("*.wav")}
 
 
 @pytest.mark.smoke
@@ -174,6 +174,37 @@ def test_what_exists_is_kept_unless_overwritten(flags, tmp_path, capsys):
     (tmp_path / "out" / "song" / "accompaniment.wav").unlink()
     assert separate_songs(tmp_path / "song.wav", *flags) == 0
     assert (tmp_path / "out" / "song" / "accompaniment.wav").is_file()
+
+
+def test_estimates_that_something_else_made_are_not_taken_for_those_of_a_song(
+    flags, checkpoints, tmp_path, capsys
+):
+    song, folder = tmp_path / "song.wav", tmp_path / "out" / "song"
+    write_song(song)
+    separate_songs(song, *flags)
+    before = write_times(folder)
+    other = ["--checkpoint", checkpoints["causal"], "--out", tmp_path / "out"]
+    for others in ([*flags, "--segment", "2"], [*flags, "--float32"], other):
+        assert separate_songs(song, *others) == 1
+        assert "--overwrite" in capsys.readouterr().err
+    write_song(tmp_path / "other" / "song.wav", seed=1)
+    assert separate_songs(tmp_path / "other" / "song.wav", *flags) == 1
+    assert "another song" in capsys.readouterr().err
+    (folder / "made_from.yml").write_text("song: [")
+    assert separate_songs(song, *flags) == 1
+    assert "no record" in capsys.readouterr().err
+    (folder / "made_from.yml").unlink()
+    assert write_times(folder).items() <= before.items()
+    assert separate_songs(song, *flags, "--overwrite") == separate_songs(song, *flags) == 0
+
+
+def test_the_rest_of_a_damaged_song_stays_a_fault(flags, tmp_path, capsys):
+    song = tmp_path / "song.wav"
+    write_song(song)
+    song.write_bytes(song.read_bytes()[:-1000])
+    for _ in range(2):
+        assert separate_songs(song, *flags) == 1
+        assert "damaged" in capsys.readouterr().err
 
 
 def test_broken_songs_are_reported_and_the_others_separated(flags, tmp_path, capsys):
@@ -351,11 +382,14 @@ def test_full_says_what_memory_it_needs_and_is_not_tried_without(
 ):
     write_song(tmp_path / "song.wav")
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full") == 0
-    assert "--method full needs about 0.1 GB of memory for 1 s" in capsys.readouterr().out
+    assert "--method full needs about 0.1 GB of memory" in capsys.readouterr().out
     monkeypatch.setattr(command, "free_memory", lambda: 10_000_000)
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full", "--overwrite") == 1
     error = capsys.readouterr().err
     assert "--method full needs about 0.1 GB" in error and "--method overlap-add" in error
+    assert separate_songs(tmp_path / "song.wav", *flags, "--overwrite") == 1
+    error = capsys.readouterr().err
+    assert "--method overlap-add needs about 0.1 GB" in error and "--segment below" in error
 
 
 @pytest.mark.parametrize("kind, method", [("non-causal", "overlap-add"), ("causal", "stream")])

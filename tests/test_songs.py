@@ -201,6 +201,7 @@ def test_folders_with_links(tmp_path, capsys):
     for name in ("away", "again"):
         (folder / name).symlink_to(tmp_path / "elsewhere")
     (folder / "sub" / "above").symlink_to(folder)
+    (folder / "a link").symlink_to(folder / "sub")  # its songs are those of the folder itself
     (folder / "gone.wav").symlink_to(tmp_path / "nothing.wav")
     (folder / "gone").symlink_to(tmp_path / "nothing")
     (folder / "file.wav").symlink_to(folder / "sub" / "one.wav")
@@ -212,7 +213,8 @@ def test_folders_with_links(tmp_path, capsys):
     assert set(found) == {out / "sub" / "one", out / "file", out / "again" / "linked"}
     assert set(unreadable) == {folder / "gone.wav", folder / "gone"}
     said = capsys.readouterr().out
-    assert str(folder / "away") in said and str(folder / "sub" / "above") in said
+    assert f"{folder / 'away'}: is the same folder as {folder / 'again'}" in said
+    assert f"{folder / 'sub' / 'above'}: is the same folder as {folder}" in said
 
 
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def fit(system: MusicSystem, exp_dir, epochs=1, callbacks=(), resume=None, **opt
     defaults = dict(logger=False, enable_progress_bar=False, gradient_clip_val=5.0)
     training = system.config["training"]
     callbacks = [
-        *(BestCheckpoints(exp_dir), StopAtMaxSteps(training["max_steps"])),
+        *(BestCheckpoints(exp_dir, training["keep_best"]), StopAtMaxSteps(training["max_steps"])),
         *(SkippedSteps(training["max_skipped_steps"]), EpochStatistics(), *callbacks),
     ]
     trainer = pl.Trainer(

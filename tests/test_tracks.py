@@ -117,8 +117,8 @@ def test_faults_of_a_test_set(own_corpus, tmp_path, monkeypatch):
         open_test_set(tmp_path / "nowhere", RATE, "wav")
     with pytest.raises(DatasetError, match="expected 44100 Hz .*, got 8000 Hz"):
         open_test_set(own_corpus, 44100, "wav")
-    (own_corpus / "test" / TEST_NAMES[0] / "mixture.wav").unlink()
-    with pytest.raises(DatasetError, match="mixture.wav: missing"):
+    (own_corpus / "test" / TEST_NAMES[0] / "bass.wav").unlink()
+    with pytest.raises(DatasetError, match="bass.wav: missing"):
         open_test_set(own_corpus, RATE, "wav")
     (tmp_path / "packed" / "test").mkdir(parents=True)
     (tmp_path / "packed" / "test" / "A.stem.mp4").write_bytes(b"no video")

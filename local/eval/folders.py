@@ -8,14 +8,16 @@ import numpy as np
 import soundfile as sf
 
 from local.eval.scoring import Signals, plan_passes
-from local.musdb18_tracks import TARGETS, UNKNOWN_LENGTH, find_name_faults
+from local.musdb18_tracks import TARGETS
 from local.tools.command_line import plural, raise_together
 from local.tools.files import is_foreign
 from local.tools.sound_files import describe_fault
+from local.tracks.roots import find_name_faults
+from local.tracks.stem_files import UNKNOWN_LENGTH
+from local.tracks.track import MOST_FAULTS_SHOWN
 
 SUFFIXES = (".wav", ".flac")
 OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
-MOST_FAULTS = 20  # shown
 
 Files = dict[str, Path]  # target -> its file
 
@@ -114,9 +116,9 @@ class Report:
         ]
 
     def raise_faults(self) -> None:
-        lines = self.faults[:MOST_FAULTS]
-        if len(self.faults) > MOST_FAULTS:
-            lines.append(f"and {len(self.faults) - MOST_FAULTS} more")
+        lines = self.faults[:MOST_FAULTS_SHOWN]
+        if len(self.faults) > MOST_FAULTS_SHOWN:
+            lines.append(f"and {len(self.faults) - MOST_FAULTS_SHOWN} more")
         raise_together(lines, "the folders")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from local.eval.results import RESULTS
 from local.eval.score_files import ScoredTrack, find_change, load_track
 from local.eval.tracks import TestTrack, describe_files
 from local.tools.command_line import UserError, plural, raise_together
-from local.tools.files import LONGEST_NAME, is_failed_access, locked, sha256
+from local.tools.files import LONGEST_NAME, is_failed_access, locked
 from local.tools.ranks import Ranks
 
 if TYPE_CHECKING:  # local.score needs no torch
@@ -107,28 +106,18 @@ def make_out(
         raise UserError(f"{out_flag}: {out} cannot be written: {error.strerror}") from None
 
 
-def describe_settings(args: Namespace, model: nn.Module) -> dict:
-    """Return what the scores of a track depend on: equal settings give equal scores."""
-    from local.checkpoint import find_weights
-    from local.estimates import list_targets
-
-    segments = {"segment": args.segment, "overlap": args.overlap}
-    return {
-        "checkpoint": sha256(find_weights(args.checkpoint)),
-        "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
-        "method": args.method,
-        **(segments if args.method == "overlap-add" else {}),
-        "targets": list(list_targets(model)),
-        "scorer": args.scorer,
-        "float_references": args.float_references,
-    }
-
-
 def plan_records(
     args: Namespace, model: nn.Module, tracks: list[TestTrack]
 ) -> dict[TestTrack, dict]:
     """Return track -> the record that its scores will have: see `score_files.save_track`."""
-    settings = describe_settings(args, model)
+    from local.estimates import describe_settings, list_targets
+
+    settings = {
+        **describe_settings(args, model),
+        "targets": list(list_targets(model)),
+        "scorer": args.scorer,
+        "float_references": args.float_references,
+    }
     kind = "FLOAT" if args.float32 else "PCM_16"
     count = len(tracks) if args.n_save_ex == -1 else args.n_save_ex
     return {

@@ -230,9 +230,13 @@ class ScoringPool:
 
         It is not known which of the tracks that were scored at the time it was.
         """
-        self.processes.shutdown()  # by then all futures have a result or an error
+        for process in multiprocessing.active_children():
+            process.kill()  # before Python 3.12, one that is started meanwhile would be waited for
+        self.processes.shutdown()
         lost = [
-            future for future in self.waiting if isinstance(future.exception(), BrokenProcessPool)
+            future
+            for future in self.waiting
+            if not future.done() or isinstance(future.exception(), BrokenProcessPool)
         ]
         self._take(self.waiting.keys() - set(lost))
         tasks = [self.waiting.pop(future) for future in lost]

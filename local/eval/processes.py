@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
 
+from local.tools.command_line import UserError
 from local.tools.socket_folder import make_socket_folder
 
 # What takes seconds to import. The fork server imports it once for all scoring processes. Modules
@@ -19,7 +20,8 @@ IMPORTS = ["museval", "scipy.fft", "soundfile"]
 
 @contextmanager
 def delayed_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block, and block it in the processes started within.
+    """Delay Ctrl-C until the end of the block. Block it in the processes started within, and
+    SIGUSR1, which srun sends to all processes.
 
     Else the fork server would stop during its imports, and a scoring process during its start, each
     with a traceback.
@@ -27,7 +29,7 @@ def delayed_interrupts() -> Iterator[None]:
     received = []
     handler = signal.signal(signal.SIGINT, lambda *_: received.append(True))
     # New processes inherit the mask.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
         yield
     finally:
@@ -38,10 +40,22 @@ def delayed_interrupts() -> Iterator[None]:
 
 
 def make_processes(count: int) -> ProcessPoolExecutor:
+    """Make a pool of `count` processes.
+
+    Raises:
+        UserError: there is no place for what processes share.
+    """
     make_socket_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
-    return ProcessPoolExecutor(count, context, initializer=_start_process)
+    try:
+        with delayed_interrupts():  # Python starts a process for its semaphores
+            return ProcessPoolExecutor(count, context, initializer=_start_process)
+    except OSError as error:  # of a semaphore
+        raise UserError(
+            f"/dev/shm, through which processes wait for one another, cannot be used:"
+            f" {error.strerror}; make it writable"
+        ) from None
 
 
 def _start_process() -> None:

@@ -21,6 +21,7 @@ import yaml
 from local.musdb18_tracks import SOURCES, TARGETS, UNFIT_FOR_NAMES
 from local.tools.files import atomic_path
 from local.tools.museval_guard import import_museval
+from local.tools.values import find_changed_setting
 
 METRICS = ("SDR", "SIR", "ISR", "SAR")
 # What Python raises for data of another structure than expected, for huge numbers, and for deep
@@ -122,7 +123,7 @@ def save_track(out: Path, store, record: dict) -> None:
     Args:
         store: a museval.TrackStore.
         record: a dict of
-            - "made_with": the settings that the scores depend on, see `out.describe_settings`
+            - "made_with": the settings that the scores depend on, see `out.plan_records`
             - "files": the files of the track, see `tracks.describe_files`
             - "saved": the format of the saved estimates, or None
             - "version": of this recipe, on which the scores do not depend
@@ -202,17 +203,9 @@ def find_change(out: Path, found: ScoredTrack, wanted: dict) -> str:
     Args:
         wanted: "made_with", "files" and "saved" of the record that the run would write.
     """
-    made_with = found.record["made_with"]
-    if made_with.get("checkpoint") != wanted["made_with"].get("checkpoint"):
-        return "made with another checkpoint"
-    now = wanted["made_with"].get("model_code")
-    if made_with.get("model_code", now) != now:  # records of earlier versions have none
-        return "made with other code of the model"
-    for key in {**wanted["made_with"], **made_with}:
-        before = made_with.get(key, DEFAULTS.get(key))
-        now = wanted["made_with"].get(key, DEFAULTS.get(key))
-        if before != now and key != "model_code":
-            return f"made with {key} {before}, not {now}"
+    before, now = (DEFAULTS | record["made_with"] for record in (found.record, wanted))
+    if change := find_changed_setting(before, now):
+        return change
     if found.record["files"] != wanted["files"]:
         return "its files have changed"
     if "SI_SDR" not in found.record:

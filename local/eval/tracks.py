@@ -8,8 +8,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,16 @@ import soundfile as sf
 
 from local.musdb18_tracks import (
     SOURCES,
+    TRAINING_SPLITS,
     DatasetError,
     Track,
-    find_name_faults,
-    find_tracks,
-    list_folders,
-    raise_dataset_faults,
+    choose_validation,
 )
-from local.stems import STREAMS, decode_track, probe_rate, stem_files, track_name
+from local.stems import STREAMS, decode_track, probe_rate
 from local.tools.ffmpeg import need_ffmpeg
+from local.tracks.roots import Roots, list_places
+from local.tracks.stem_files import open_files, open_tracks, read_rules
+from local.tracks.track import Part, Place, raise_dataset_faults
 
 FILES = ("mixture", *SOURCES)
 PACKED_BYTES = 160_000  # a second of a .stem.mp4 file, five streams of 256 kbit/s
@@ -35,12 +36,16 @@ PACKED_BYTES = 160_000  # a second of a .stem.mp4 file, five streams of 256 kbit
 class PackedTrack:
     """A track in a .stem.mp4 file."""
 
-    path: Path
+    place: Place
     rate: int
 
     @property
     def name(self) -> str:
-        return track_name(self.path)
+        return self.place.name
+
+    @property
+    def path(self) -> Path:
+        return self.place.path
 
     @cached_property  # the file may go during a run, which is found where it is read
     def seconds(self) -> float:
@@ -51,27 +56,49 @@ class PackedTrack:
 TestTrack = Track | PackedTrack
 
 
-def open_test_set(root: Path, rate: int, suffix: str) -> list[TestTrack]:
-    """Find the test tracks, sorted by name, and check their files.
+def open_test_set(
+    roots: Roots,
+    rate: int,
+    suffix: str = "auto",
+    stem_names: str = "",
+    missing_stems: str = "error",
+    split: str = "test",
+    valid_tracks: Path | str | None = None,
+) -> list[TestTrack]:
+    """Find the tracks of a split of all roots that have it, sorted by name; check their files.
+
+    Args:
+        suffix, stem_names, missing_stems: see `find_tracks`.
+        split: "test"; "train" and "valid" are what train.py trains and validates on.
+        valid_tracks: see `choose_validation`.
 
     Raises:
-        DatasetError: lists the faults of the files.
+        DatasetError: lists the faults of the files, or the split is empty.
         UserError: ffmpeg is missing for .stem.mp4 files.
     """
-    packed = stem_files(root, "test")
-    if not packed or list_folders(root / "test"):
-        return find_tracks(root, "test", rate, suffix, FILES)
-    need_ffmpeg()
-    raise_dataset_faults(root, find_name_faults(track_name(path) for path in packed))
-    found = probe_rate(packed[0])
-    if found not in (rate, None):
-        raise DatasetError(f"--root: {packed[0]}: expected the model's {rate} Hz, got {found} Hz")
-    return [PackedTrack(path, rate) for path in packed]
+    rules = read_rules(suffix, stem_names, missing_stems)
+    if split == "test":
+        places = list_places(roots, ["test"], packed=True)
+    else:
+        parts = choose_validation(list_places(roots, TRAINING_SPLITS, packed=True), valid_tracks)
+        places = parts[split == "valid"]
+    if not places:
+        raise DatasetError(f"--split {split}: no track of --root is in it; see --valid_tracks")
+    folders = [place for place in places if place.path.is_dir()]
+    packed = [PackedTrack(place, rate) for place in places if place not in folders]
+    if packed:
+        need_ffmpeg()
+        found = probe_rate(packed[0].path)
+        if found not in (rate, None):
+            fault = f"expected the model's {rate} Hz, got {found} Hz"
+            raise DatasetError(f"--root: {packed[0].path}: {fault}")
+    tracks = packed + open_tracks(folders, rate, rules, with_mixture=True)
+    return sorted(tracks, key=lambda track: track.name)
 
 
 def list_files(track: TestTrack) -> list[Path]:
     """Return the files that a track is read from."""
-    return [track.path(name) for name in FILES] if isinstance(track, Track) else [track.path]
+    return track.paths() if isinstance(track, Track) else [track.path]
 
 
 def describe_files(track: TestTrack) -> dict[str, list[int]]:
@@ -103,13 +130,13 @@ def read_track(
     """
     audio, clipped = {}, {}
     with unpacked(track, FILES) as files:
-        for name in FILES:
+        for name in ("mixture", *files.sources):
             samples, count = _read(files, name, float32)
             target = name if name in ("mixture", "vocals") else "accompaniment"
             audio[target] = audio[target] + samples if target in audio else samples
             if with_stems:
                 audio[name] = samples
-            if count:
+            if count and (name != "mixture" or files.has_mixture):
                 clipped[name] = count
     return audio, clipped
 
@@ -123,14 +150,28 @@ def unpacked(track: TestTrack, names: Sequence[str]) -> Iterator[Track]:
     with tempfile.TemporaryDirectory() as folder:
         streams = [name for name in STREAMS if name in names]
         # As floats: AAC may decode to samples beyond full scale, which are counted.
-        decode_track(track.path, Path(folder, "test", track.name), streams, "pcm_f32le")
-        (files,) = find_tracks(Path(folder), "test", track.rate, "wav", streams)
+        decode_track(track.path, Path(folder, track.name), streams, "pcm_f32le")
+        place, faults = replace(track.place, path=Path(folder, track.name), root=Path(folder)), []
+        stems = {name: (Part(f"{name}.wav"),) for name in names}
+        files = open_files(place, track.rate, stems, faults)
+        raise_dataset_faults({track.path: faults})
         yield files
 
 
-def _read(track: Track, name: str, float32: bool) -> tuple[np.ndarray, int]:
-    """Return (the samples of a file, how many of them were clipped)."""
-    audio, kind = track.read(name), sf.info(os.fsencode(track.path(name))).subtype
+def _read(track: Track, stem: str, float32: bool) -> tuple[np.ndarray, int]:
+    """Return (the samples of a stem, how many of those in its files were clipped)."""
+    if not (parts := track.stems[stem]):
+        return np.zeros((2, track.length), np.float32), 0
+    files = [_read_file(track, track.folder / part.file, float32) for part in parts]
+    signed = (
+        audio if part.sign == 1 else -audio for part, (audio, _) in zip(parts, files, strict=True)
+    )
+    return reduce(np.add, signed), sum(count for _, count in files)
+
+
+def _read_file(track: Track, path: Path, float32: bool) -> tuple[np.ndarray, int]:
+    samples, unit = track.read_file(path, 0, -1)
+    audio, kind = samples * unit, sf.info(os.fsencode(path)).subtype
     if float32 or kind == "PCM_16":
         return audio, 0
     # As ffmpeg converts for musdb: floats are rounded, longer integers lose their low bits.

@@ -3,18 +3,18 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 
 from local.estimates import name_targets
 from local.songs.read import SongReader
 from local.tools.command_line import UserError
+from local.tools.resample import resample
 
 
 def read_mixture(reader: SongReader, rate: int) -> Iterator[Tensor]:
     """Read a song as stereo blocks (2, T) at `rate` Hz; mono is doubled."""
-    for block in _resample(reader.read_blocks(), reader.rate, rate, reader.channels):
+    for block in resample(reader.read_blocks(), reader.rate, rate, reader.channels):
         yield torch.from_numpy(np.broadcast_to(block, (len(block), 2)).T.copy())
 
 
@@ -34,7 +34,7 @@ def restore(
         UserError: an estimate holds NaN or infinity.
     """
     rows, done = (_join_targets(piece, targets, reader.channels) for piece in estimates), 0
-    for block in _resample(rows, rate, reader.rate, len(targets) * reader.channels):
+    for block in resample(rows, rate, reader.rate, len(targets) * reader.channels):
         block = block[: reader.length - done]
         done += len(block)
         yield _split_targets(block, targets)
@@ -55,16 +55,3 @@ def _join_targets(sources: Tensor, targets: Sequence[str], channels: int) -> np.
 
 def _split_targets(rows: np.ndarray, targets: Sequence[str]) -> dict[str, np.ndarray]:
     return dict(zip(targets, np.split(rows.T, len(targets)), strict=True))
-
-
-def _resample(
-    blocks: Iterable[np.ndarray], rate: int, new_rate: int, channels: int
-) -> Iterator[np.ndarray]:
-    """Resample blocks (T, channels) of float32; joined, they equal the resampled whole."""
-    if rate == new_rate:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="VHQ")
-    for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block))
-    yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)

@@ -64,7 +64,7 @@ def list_songs(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
     Returns:
         (songs, path -> why it cannot be read).
     """
-    songs, others, unreadable, visited = [], [], {}, set()
+    songs, others, unreadable, visited = [], [], {}, {}  # folder without links -> where it was met
 
     def note_error(error: OSError) -> None:
         unreadable[Path(error.filename)] = f"cannot be read: {error.strerror}"
@@ -73,12 +73,13 @@ def list_songs(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
         here = Path(place)
         target = here.resolve()
         if target in visited:
-            print(f"{here}: is a link to {target}, whose songs are listed already; ignored")
+            print(f"{here}: is the same folder as {visited[target]}; ignored")
         if target in visited or target.is_relative_to(out.resolve()):
             folders.clear()
             continue
-        visited.add(target)
-        folders[:] = sorted(name for name in folders if not is_foreign(here / name))
+        visited[target] = here
+        folders[:] = [name for name in folders if not is_foreign(here / name)]
+        folders.sort(key=lambda name: ((here / name).is_symlink(), name))
         for path in sorted(here / name for name in files):
             if is_foreign(path):
                 continue

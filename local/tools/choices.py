@@ -12,6 +12,9 @@ FAST = ("auto", "yes", "no")
 MEMORY = ("none", "some", "most")
 SCORERS = ("bsseval", "museval")
 SUFFIXES = ("wav", "flac")  # of the files of a data set
+SUFFIX = ("auto", *SUFFIXES)  # what --suffix may be
+SPLITS = ("train", "valid", "test")
+MISSING_STEMS = ("error", "silent")
 
 
 def add_method_flags(parser: ArgumentParser) -> None:

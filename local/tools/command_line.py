@@ -55,6 +55,12 @@ class OneLineParser(argparse.ArgumentParser):
             self.error("; ".join(faults))
         return super().parse_known_args(words, namespace)
 
+    def list_typed(self, args=None) -> list[str]:
+        """Return the names of the flags that `args` has."""
+        untyped = argparse.Namespace(**{action.dest: None for action in self._actions})
+        found = vars(self.parse_args(args, untyped))
+        return [name for name, value in found.items() if value is not None]
+
     def _find_flag(self, name: str) -> str:
         """Return the long flag that is meant by -out, --exp-dir or --exp_dir; "" for none."""
         flags = {flag.replace("_", "-"): flag for flag in self._option_string_actions}

@@ -55,6 +55,15 @@ def draw_bar_if(bar, is_due) -> None:
     bar._should_update = is_due
 
 
+def move_average(averaging, device) -> None:
+    """Moves the averaged model of a WeightAveraging to the device of a run.
+
+    Lightning makes it before the model is moved, so it would stay on the CPU, and every step would
+    copy all weights there. Its argument `device` would do, if the device were known before.
+    """
+    averaging._average_model.module.to(device)
+
+
 def rewind_loops(checkpoint: dict, batch_idx: int) -> None:
     """Changes a checkpoint that was saved in on_train_batch_start, so that it is from before the
     batch was fetched, and before the epoch began where this is its first batch.

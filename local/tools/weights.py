@@ -69,6 +69,10 @@ class HubModel(PyTorchModelHubMixin):
             kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
             raise UserError(f"{source}: not a usable {kind}: {brief(error)}") from None
 
+    def arguments(self) -> dict:
+        """The arguments of its constructor."""
+        return {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
+
     def serialize(self) -> dict:
         """The model as plain data: after `torch.save`, `load` rebuilds it.
 
@@ -77,9 +81,7 @@ class HubModel(PyTorchModelHubMixin):
         """
         return {
             "model_name": type(self).__name__,
-            "model_args": {
-                key: getattr(self, key) for key in inspect.signature(type(self)).parameters
-            },
+            "model_args": self.arguments(),
             "state_dict": self.state_dict(),
             "infos": {"software_versions": software_versions()},
         }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from local.train.average import WeightAverage
 from local.train.checkpoints import LastCheckpoints, RandomStates
 from local.train.devices import EndOtherRanks
 from local.train.display import Forecast, make_progress
@@ -15,13 +16,14 @@ from local.train.epochs import (
     StopAtMaxSteps,
 )
 from local.train.interrupts import Interrupts
+from local.train.start import StartLoss
 
 
 def make_run_callbacks(conf: dict) -> list[pl.Callback]:
     """The callbacks that keep a run alive, keep its records and show it."""
     training, exp_dir = conf["training"], Path(conf["main_args"]["exp_dir"])
     interrupts = Interrupts()
-    return [
+    callbacks = [
         EndOtherRanks(),
         interrupts,
         make_progress(),
@@ -31,6 +33,9 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
         GradientNorms(),
         EpochStatistics(),
         FreeCachedMemory(),
+        *([StartLoss()] if training["init"] else []),
         RandomStates(),
         LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts),
     ]
+    # Its on_train_end makes the model the average, which LastCheckpoints must not see.
+    return [*callbacks, WeightAverage(training["ema"])] if training["ema"] else callbacks

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the ten best, and the last two, from which it resumes.
+"""The checkpoints of a run: the best, and the last two, from which it resumes.
 
 A resumed run computes what an undisturbed one would, to the last bit. With Lightning alone it would
 not: that restarts the items of an epoch in its middle, and forgets what was summed within it. So
@@ -16,12 +16,12 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from local.checkpoint import load_model, save_best_model
-from local.config import read_interval
+from local.checkpoint import save_best_model
+from local.keys import read_interval
 from local.tools.files import atomic_path
 from local.tools.private import rewind_loops, set_finished_batches
 from local.tools.random_states import get_random_states, set_random_states
-from local.tools.weights import save_atomically
+from local.tools.weights import load_checkpoint, save_atomically
 from local.train.interrupts import Interrupted, Interrupts
 from local.train.loaders import count_batches
 from local.train.origin import describe_origin, find_commit
@@ -41,26 +41,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """The ten best checkpoints by val_loss; best_model.pth and best_k_models.json follow them."""
+    """The best checkpoints by val_loss; best_model.pth and best_k_models.json follow them.
+
+    Args:
+        keep: how many.
+    """
 
     NAME = re.compile(r"epoch=(\d+)-step=(\d+)(-v\d+)?\.ckpt")
 
-    def __init__(self, exp_dir: Path):
+    def __init__(self, exp_dir: Path, keep: int):
         super().__init__(
             exp_dir / "checkpoints",
             monitor="val_loss",
             mode="min",
-            save_top_k=10,
+            save_top_k=keep,
             save_on_train_epoch_end=True,
         )
         self.exp_dir = exp_dir
         self.exported_score = None  # val_loss of best_model.pth
+        self._surplus = []  # checkpoints of a run that has kept more
 
     def load_state_dict(self, state_dict):
         """Restores what was kept, wherever the run was moved to."""
         folder, scores = Path(self.dirpath), state_dict["best_k_models"]
         paths = {folder / Path(path).name: score for path, score in scores.items()}
-        kept = {str(path): score for path, score in paths.items() if path.is_file()}
+        found = {str(path): score for path, score in paths.items() if path.is_file()}
+        self._surplus = sorted(found, key=found.get)[self.save_top_k :]
+        kept = {path: score for path, score in found.items() if path not in self._surplus}
         best, worst = (choose(kept, key=kept.get, default="") for choose in (min, max))
         is_full = len(kept) == self.save_top_k
         restored = {
@@ -81,9 +88,10 @@ class BestCheckpoints(ModelCheckpoint):
                 name = self.NAME.fullmatch(path.name)
                 if name and int(name[2]) > trainer.global_step:
                     path.unlink()
+            for path in self._surplus:
+                Path(path).unlink(missing_ok=True)
         if trainer.is_global_zero and self.best_model_path and self.exported_score is None:
-            epoch = int(self.NAME.fullmatch(Path(self.best_model_path).name)[1])
-            self._export(load_model(self.best_model_path), pl_module, epoch)
+            self._export(pl_module)
 
     def on_train_epoch_end(self, trainer, pl_module):
         super().on_train_epoch_end(trainer, pl_module)
@@ -96,11 +104,21 @@ class BestCheckpoints(ModelCheckpoint):
         with atomic_path(self.exp_dir / "best_k_models.json") as temporary:
             temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         if self.exported_score is None or self.best_model_score < self.exported_score:
-            self._export(pl_module.model, pl_module, trainer.current_epoch)
+            self._export(pl_module)
 
-    def _export(self, model, system, epoch):
+    def _export(self, system):
+        """Takes the weights from the checkpoint: with --ema those are the average, of which
+        val_loss is, and the System has those that it trains.
+        """
+        path, prefix = Path(self.best_model_path), "model."  # its name in the System
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in load_checkpoint(path)["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        epoch = int(self.NAME.fullmatch(path.name)[1])
         origin = describe_origin(system, epoch, self.best_model_score.item())
-        save_best_model(self.exp_dir / "best_model.pth", model, system.config, origin)
+        save_best_model(self.exp_dir / "best_model.pth", state, system.config, origin)
         self.exported_score = self.best_model_score
 
 
@@ -214,6 +232,8 @@ class LastCheckpoints(pl.Callback):
         """
         if "run" not in checkpoint:
             return  # one of the best
+        if "current_model_state" in checkpoint:  # of a run with --ema: this one may be without
+            pl_module.load_state_dict(checkpoint["current_model_state"])
         batches = count_batches(pl_module.config, checkpoint["run"]["items"], trainer.world_size)
         start = batches * pl_module.train_loader.batch_size
         pl_module.train_loader.sampler.resume(checkpoint["epoch"], start)

@@ -155,10 +155,10 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self):
         super().__init__()
         draw_bar_if(self, self._is_due)
+        self._loss, self._draw_time, self._read_time = {}, -math.inf, -math.inf
 
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
-        self._loss, self._draw_time, self._read_time = {}, -math.inf, -math.inf
         self.on_train_epoch_start(trainer, pl_module)  # Lightning omits it within an epoch
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -168,6 +168,12 @@ class ProgressBar(TQDMProgressBar):
             self._loss = {"loss": trainer.logged_metrics["loss"].item()}
             self._read_time = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    sanity_check_description = "Before the first step"
+
+    def init_sanity_tqdm(self):
+        with redirect_stdout(sys.stderr):
+            return super().init_sanity_tqdm()
 
     def init_train_tqdm(self):
         with redirect_stdout(sys.stderr):  # Lightning draws on stdout, which may be a file
@@ -218,7 +224,8 @@ class ProgressLines(BaseProgressBar):
             )
 
     def on_validation_start(self, trainer, pl_module):
-        title = f"epoch {trainer.current_epoch}: validation"
+        when = f"epoch {trainer.current_epoch}"
+        title = f"{'before the first step' if trainer.sanity_checking else when}: validation"
         self._validation = Lines(title, sum(trainer.num_val_batches), "tracks")
 
     def on_validation_batch_end(self, trainer, *args):

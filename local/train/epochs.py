@@ -55,6 +55,8 @@ class EpochStatistics(pl.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         val_loss = trainer.callback_metrics["val_loss"]
+        if not val_loss.isfinite() and trainer.sanity_checking:
+            raise UserError("--init: val_loss with its weights is not finite; name other weights")
         if not val_loss.isfinite():
             raise UserError(
                 f"val_loss of epoch {trainer.current_epoch} is not finite: the model has diverged,"

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from local.musdb18_tracks import SOURCES
+from local.musdb18_dataset import STEMS
 from local.system import MusicSystem
 from local.tools.command_line import UserError, brief
 from local.tools.files import is_failed_access
 from local.tools.memory import is_out_of_memory
 from local.tools.progress import keep
+from local.tools.slurm import requeue_job
 from local.train.display import describe_early_end
-from local.train.interrupts import Interrupted, Interrupts, requeue_job
+from local.train.interrupts import Interrupted, Interrupts
 from local.train.loaders import LARGER_SHARED_MEMORY, SHARED_MEMORY
 
 
@@ -111,9 +112,10 @@ def describe_lost_worker(error: BaseException, system: MusicSystem) -> str:
     dataset = system.train_loader.dataset
     for pid in map(int, found[1].split(",")):
         if place := dataset.reading.find(pid):
-            track, source = dataset.tracks[place[0]], SOURCES[place[1]]
+            track, stem = dataset.tracks[place[0]], STEMS[place[1]]
+            files = " and ".join(map(str, track.paths(stem)))
             return (
-                f"a worker of a loader ended while it read {track.path(source)}; is the file"
+                f"a worker of a loader ended while it read {files}; is the file"
                 " damaged, or was there no memory left? Fewer --num_workers need less"
             )
     return f"a worker of a loader ended: {brief(error)}"

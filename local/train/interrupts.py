@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,9 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from local.tools.command_line import brief
 from local.tools.progress import keep
 
 # A closed terminal sends SIGHUP; SLURM sends SIGTERM, or SIGUSR1 before the time limit on request.
@@ -49,6 +46,8 @@ class Interrupts(pl.Callback):
             if signal.getsignal(signum) != signal.SIG_IGN:  # set by nohup
                 signal.signal(signum, self._handle)
         self.on_validation_start(trainer, pl_module)
+
+    on_sanity_check_start = on_train_start  # a validation before training, which may take minutes
 
     def on_validation_start(self, trainer, pl_module):
         """Removes the handler of SIGCHLD that a loader with workers has set. It raises wherever the
@@ -88,26 +87,6 @@ class Interrupts(pl.Callback):
             os.dup2(self._stdout, 1)
             os.close(self._stdout)
             self._stdout = None
-
-
-def requeue_job(signum: int) -> str:
-    """Has SLURM start the job of this process once more, as Lightning does on SIGUSR1.
-
-    Returns:
-        what was done, in a line; empty for other signals, and where srun has not started this.
-    """
-    if signum != signal.SIGUSR1 or not SLURMEnvironment.detect():
-        return ""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        command = ["scontrol", "requeue", job]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or brief(error)).strip()
-        return f"warning: SLURM has not requeued job {job}: {reason}; submit it again"
-    return f"SLURM has requeued job {job}"
 
 
 def _init_worker(init: Callable | None, worker: int) -> None:

@@ -2,15 +2,19 @@
 
 import os
 import subprocess
+import unicodedata
 from functools import cache
 from pathlib import Path
 
 import pytorch_lightning as pl
 
-from local.musdb18_tracks import DEMO_NOTE, VALIDATION_TRACKS
+from local.musdb18_tracks import DEMO_NOTE
+from local.tracks.roots import list_roots
+from local.tracks.track import Place
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
+NAMES = Path(__file__).with_name("musdb18_names.txt")  # of the 150 tracks of both splits
 MUSDB18_LICENSE = {
     "title": MUSDB18,
     "title_link": "https://sigsep.github.io/datasets/musdb.html",
@@ -28,7 +32,8 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         name: [track.name for track in getattr(loader.dataset, "tracks", ())]
         for name, loader in loaders.items()
     }
-    dataset = name_dataset(Path(system.config["data"]["root"]), sum(tracks.values(), []))
+    places = [track.place for track in getattr(system.train_loader.dataset, "tracks", ())]
+    dataset = name_dataset(list_roots(system.config["data"]["root"]), places)
     infos = {
         "commit": find_commit(),
         "code": describe_code(),
@@ -37,18 +42,40 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         "val_loss": val_loss,
         **tracks,
     }
-    licenses = [MUSDB18_LICENSE] if dataset == MUSDB18 else []
+    if (training := system.config["training"])["init"]:
+        infos["base_model"] = {
+            "source": training["init"],
+            "sha256": training["init_sha256"],
+            "partial": training["init_partial"],
+        }
+    licenses = [MUSDB18_LICENSE] if dataset.startswith(MUSDB18) else []
     return {"infos": infos, "dataset": dataset, "licenses": licenses}
 
 
-def name_dataset(root: Path, tracks: list[str]) -> str:
-    """MUSDB18 where any track of it is known by its name, and so in copies of parts of it, too.
-
-    The names that are known are those of the validation tracks, of which every copy has some.
+def name_dataset(roots: list[Path], places: list[Place]) -> str:
+    """What training tracks are. Those of MUSDB18 are known by their names, also in a part of it and
+    among others, whatever a file system does to accents and capitals.
     """
-    if (root / DEMO_NOTE).is_file():
+    if all(map(_is_demo, roots)):
         return "synthetic songs of local.demo_musdb18"
-    return MUSDB18 if set(tracks) & set(VALIDATION_TRACKS) else f"tracks of {root}"
+    known = set(map(_normalise, NAMES.read_text(encoding="utf-8").splitlines()))
+    others = [place for place in places if not _is_musdb18(place, known)]
+    tracks = f"tracks of {', '.join(map(str, roots))}"
+    if len(others) == len(places):
+        return tracks
+    return f"{MUSDB18}, and other {tracks}" if others else MUSDB18
+
+
+def _is_musdb18(place: Place, known: set[str]) -> bool:
+    return not _is_demo(place.root) and _normalise(place.own_name) in known
+
+
+def _is_demo(root: Path) -> bool:
+    return (root / DEMO_NOTE).is_file()
+
+
+def _normalise(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @cache  # of the code as it was when the run started

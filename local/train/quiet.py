@@ -11,6 +11,8 @@ WARNINGS = (
     "Experiment logs directory",
     "Checkpoint directory",
     "You're resuming from a checkpoint",
+    "Be aware that when using `ckpt_path`, callbacks used to create",
+    "The checkpoint was not created with WeightAveraging",
 )
 
 

@@ -1,13 +1,15 @@
 """Resuming a run: which checkpoint, what has changed since, whether there is anything to do."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 
-from local.config import FREE, add_defaults
+from local.config import add_defaults
+from local.keys import FREE
 from local.models import model_args, model_name
 from local.tools.command_line import UserError, brief, plural
 from local.tools.progress import keep
@@ -66,6 +68,20 @@ class Resumed:
         exp_dir = self.path.parent.parent
         line = f"{exp_dir} is finished, after {plural(end['epochs'], 'epoch')}; {why}"
         return "\n  ".join([f"{line}; since then:" if self.changes else line, *self.changes])
+
+
+def find_saved_conf(conf: dict, options: dict) -> dict | None:
+    """The configuration of the run that `find_resumed` will find; None for a new run, or if none
+    of its checkpoints can be read.
+    """
+    exp_dir, resume = Path(conf["main_args"]["exp_dir"]), options["resume"]
+    paths = [Path(resume)] if resume not in ("auto", "never") else []
+    if resume == "auto" and is_used(exp_dir):
+        paths = list_last(exp_dir / "checkpoints")
+    for path in paths:
+        with suppress(UserError):  # `find_resumed` reports it
+            return load_last_checkpoint(path)["training_config"]
+    return None
 
 
 def find_resumed(
@@ -173,7 +189,7 @@ def find_changes(conf: dict, inputs: dict[str, list[str]], content: dict) -> lis
     """
     before = {**dict.fromkeys(conf, {}), **content["training_config"]}
     changes = [
-        f"--{key}: {before[section].get(key)} before, {value} now"
+        f"--{key}: {_show(before[section].get(key))} before, {_show(value)} now"
         for section, keys in conf.items()
         for key, value in keys.items()
         if key not in FREE and before[section].get(key) != value
@@ -185,6 +201,10 @@ def find_changes(conf: dict, inputs: dict[str, list[str]], content: dict) -> lis
             new = [item for item in now if item not in then]
             changes.append(f"{name}: {_list_first(*gone)} before, {_list_first(*new)} now")
     return changes
+
+
+def _show(value) -> str:
+    return str(value) if value != "" else "none"
 
 
 def _list_first(*names: str, most: int = 3) -> str:

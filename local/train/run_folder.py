@@ -12,8 +12,8 @@ import yaml
 from local.tools.command_line import UserError
 from local.tools.files import atomic_path, locked
 
-CHECKPOINTS = 13  # the ten best, the last two, and one that is being written
-WEIGHT_BYTES = 4  # of the weights of best_model.pth; a checkpoint holds Adam's two averages as well
+MORE_CHECKPOINTS = 3  # than the best: the last two, and one that is being written
+WEIGHT_BYTES = 4  # of a parameter
 LOG_BYTES = 50e6
 WRITTEN = {
     **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
@@ -29,10 +29,11 @@ def is_used(exp_dir: Path) -> bool:
     return (exp_dir / "best_model.pth").exists() or has_learned
 
 
-def find_folder_faults(exp_dir: Path, parameters: int) -> list[str]:
+def find_folder_faults(exp_dir: Path, training: dict, parameters: int) -> list[str]:
     """Why a run could not write to EXP, a line each; leaves nothing there.
 
     Args:
+        training: the section of the configuration.
         parameters: of the model.
     """
     place = find_existing_parent(exp_dir)
@@ -48,7 +49,8 @@ def find_folder_faults(exp_dir: Path, parameters: int) -> list[str]:
     ]
     if in_the_way:
         return in_the_way
-    needed, free = count_needed_bytes(exp_dir, parameters), shutil.disk_usage(place).free
+    needed = count_needed_bytes(exp_dir, training, parameters)
+    free = shutil.disk_usage(place).free
     if free < needed:
         return [
             f"--exp_dir: a run writes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
@@ -57,10 +59,16 @@ def find_folder_faults(exp_dir: Path, parameters: int) -> list[str]:
     return []
 
 
-def count_needed_bytes(exp_dir: Path, parameters: int) -> float:
-    """What the checkpoints and logs of a run take, less the checkpoints that are there."""
+def count_needed_bytes(exp_dir: Path, training: dict, parameters: int) -> float:
+    """What the checkpoints and logs of a run take, less the checkpoints that are there.
+
+    A checkpoint holds the weights, Adam's two averages, and with --ema that of the weights;
+    best_model.pth, which is written anew beside the old one, holds the weights.
+    """
     written = sum(path.stat().st_size for path in exp_dir.glob("checkpoints/*.ckpt"))
-    whole = parameters * WEIGHT_BYTES * (3 * CHECKPOINTS + 2)
+    checkpoints = training["keep_best"] + MORE_CHECKPOINTS
+    copies = checkpoints * (4 if training["ema"] else 3) + 2
+    whole = parameters * WEIGHT_BYTES * copies
     return max(whole - written, 0) + LOG_BYTES
 
 
@@ -70,9 +78,9 @@ def find_existing_parent(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
-def describe_disk(exp_dir: Path, parameters: int) -> str:
+def describe_disk(exp_dir: Path, training: dict, parameters: int) -> str:
     free = shutil.disk_usage(find_existing_parent(exp_dir)).free
-    needed = count_needed_bytes(exp_dir, parameters)
+    needed = count_needed_bytes(exp_dir, training, parameters)
     return f"about {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB free"
 
 
@@ -115,8 +123,10 @@ def write_settings(conf: dict, resumed=None) -> None:
         if resumed and resumed.changes:
             _record_changes(exp_dir, resumed)
         for key in ("root", "valid_tracks"):  # relative ones hold in this folder alone
-            if conf["data"][key]:
-                conf["data"][key] = str(Path(conf["data"][key]).absolute())
+            if isinstance(value := conf["data"][key], list):
+                conf["data"][key] = [str(Path(each).absolute()) for each in value]
+            elif value:
+                conf["data"][key] = str(Path(value).absolute())
         saved = {**conf, "main_args": {**conf["main_args"], "exp_dir": str(exp_dir.absolute())}}
         with atomic_path(exp_dir / "conf.yml") as temporary:
             text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,61 @@
+"""FOLDER/made_from.yml: what made the estimates of a song, by which a later run knows them."""
+
+from pathlib import Path
+
+import yaml
+
+from local import __version__
+from local.tools.command_line import UserError
+from local.tools.files import atomic_path, sha256
+from local.tools.values import find_changed_setting
+
+NAME = "made_from.yml"
+
+
+def plan_record(song: Path, settings: dict, float32: bool) -> dict:
+    """Return the record that the estimates of a song will have.
+
+    Args:
+        settings: see `estimates.describe_settings`.
+
+    Raises:
+        UserError: the song cannot be read.
+    """
+    try:
+        digest = sha256(song)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    return {
+        "song": digest,
+        "damage": "",
+        "made_with": settings,
+        "format": "FLOAT" if float32 else "PCM_16",
+        "version": __version__,
+    }
+
+
+def save_record(folder: Path, record: dict) -> None:
+    with atomic_path(folder / NAME) as file:
+        file.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+
+
+def find_fault(folder: Path, wanted: dict) -> str:
+    """Return what a folder of estimates holds in place of those that a run would make; "" for them.
+
+    Args:
+        wanted: the record that they would have.
+    """
+    try:
+        found = yaml.safe_load((folder / NAME).read_text(encoding="utf-8"))
+        is_same_song = found["song"] == wanted["song"]
+        change = find_changed_setting(found["made_with"], wanted["made_with"])
+        form, damage = found["format"], found["damage"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
+        return f"estimates, but no record of what made them ({NAME})"
+    if not is_same_song:
+        return "estimates of another song, or of this one before it was changed"
+    if change:
+        return f"estimates {change}"
+    if form != wanted["format"]:
+        return f"estimates saved as {form}, not {wanted['format']}"
+    return f"what could be separated of a damaged song: {damage}" if damage else ""
