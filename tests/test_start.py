@@ -47,7 +47,10 @@ def end_of(exp_dir: Path) -> tuple:
     times = ("items_per_second", "peak_memory_gib", "val_loss_start")
     state = load_weights_only(list_last(exp_dir / "checkpoints")[0])
     return (
-        {name: tensor.tolist() for name, tensor in state["state_dict"].items()},
+        *(
+            {name: tensor.tolist() for name, tensor in state.get(weights, {}).items()}
+            for weights in ("state_dict", "current_model_state")  # they differ with --ema
+        ),
         state["lr_schedulers"],
         [{k: v for k, v in row.items() if k not in times} for row in rows_of(exp_dir)],
         json.loads((exp_dir / "best_k_models.json").read_text()),
@@ -211,7 +214,9 @@ def test_the_start_is_recorded_and_the_saved_configuration_repeats_it(
 
 def test_a_killed_run_resumes_without_its_base(base, corpus, tmp_path, monkeypatch, error_of):
     whole, exp_dir = tmp_path / "whole", tmp_path / "run"
-    more = ["--init", base, "--epochs", 2, "--checkpoint_every", "1 steps"]
+    more = ["--init", base, "--epochs", 2, "--checkpoint_every", "1 steps", "--ema", 0.9]
+    more += ["--freeze", "encoder"]
+    encoder = load_model(base).encoder.state_dict()
     train.main(flags_of(whole, corpus, *more))
     run_until(2, flags_of(exp_dir, corpus, *more), monkeypatch)
     error = error_of(train.main, *flags_of(exp_dir, corpus, "--epochs", 2))
@@ -225,6 +230,8 @@ def test_a_killed_run_resumes_without_its_base(base, corpus, tmp_path, monkeypat
     assert end_of(exp_dir) == end_of(whole)
     for row, expected in zip(rows_of(exp_dir), rows_of(whole), strict=True):
         assert row["val_loss_start"] == expected["val_loss_start"]
+    for name, tensor in load_model(exp_dir).encoder.state_dict().items():
+        assert torch.equal(tensor, encoder[name])
     conf = [yaml.safe_load((folder / "conf.yml").read_text()) for folder in (exp_dir, whole)]
     assert conf[0]["training"] == conf[1]["training"]
 
