@@ -15,11 +15,13 @@ from test_resume import run_until
 import train
 from local.checkpoint import find_weights, load_model, save_best_model
 from local.config import OPTIONS, parse_conf
+from local.fast.training import TrainingForward
 from local.keys import KEYS
 from local.models import make_model
 from local.system import MusicSystem
 from local.tasnet import ConvTasNetStereo
 from local.tools.files import sha256
+from local.tools.freeze import freeze
 from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.start import find_base
@@ -370,3 +372,22 @@ def test_another_freeze_is_a_change_that_a_run_can_resume_with(corpus, tmp_path,
     after = load_model(list_last(tmp_path / "checkpoints")[0]).state_dict()
     kept = {name for name in before if torch.equal(before[name], after[name])}
     assert kept == {"decoder.basis_signals.weight"}
+
+
+@pytest.mark.parametrize("parts", ["encoder,separator.network.0", "separator.network.2", "decoder"])
+def test_the_fast_path_trains_the_rest_as_the_model_does(parts):
+    gradients = []
+    for make_forward in (lambda model: model, TrainingForward):
+        model, golden = load_golden_model("noncausal_gln")
+        freeze(model.train(), parts)
+        torch.nn.functional.l1_loss(
+            make_forward(model)(golden["input"]), golden["target"]
+        ).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    plain, fast = gradients
+    largest = max(grad.abs().max() for grad in plain.values() if grad is not None)
+    for name, expected in plain.items():
+        is_frozen = name.startswith(tuple(f"{part}." for part in parts.split(",")))
+        assert (expected is None) == (fast[name] is None) == is_frozen
+        if not is_frozen:
+            torch.testing.assert_close(fast[name], expected, rtol=0, atol=1e-4 * largest.item())
