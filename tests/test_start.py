@@ -15,11 +15,13 @@ from test_resume import run_until
 import train
 from local.checkpoint import find_weights, load_model, save_best_model
 from local.config import OPTIONS, parse_conf
+from local.fast.training import TrainingForward
 from local.keys import KEYS
 from local.models import make_model
 from local.system import MusicSystem
 from local.tasnet import ConvTasNetStereo
 from local.tools.files import sha256
+from local.tools.freeze import freeze
 from local.tools.weights import load_weights_only
 from local.train.checkpoints import list_last
 from local.train.start import find_base
@@ -47,7 +49,10 @@ def end_of(exp_dir: Path) -> tuple:
     times = ("items_per_second", "peak_memory_gib", "val_loss_start")
     state = load_weights_only(list_last(exp_dir / "checkpoints")[0])
     return (
-        {name: tensor.tolist() for name, tensor in state["state_dict"].items()},
+        *(
+            {name: tensor.tolist() for name, tensor in state.get(weights, {}).items()}
+            for weights in ("state_dict", "current_model_state")  # they differ with --ema
+        ),
         state["lr_schedulers"],
         [{k: v for k, v in row.items() if k not in times} for row in rows_of(exp_dir)],
         json.loads((exp_dir / "best_k_models.json").read_text()),
@@ -211,7 +216,9 @@ def test_the_start_is_recorded_and_the_saved_configuration_repeats_it(
 
 def test_a_killed_run_resumes_without_its_base(base, corpus, tmp_path, monkeypatch, error_of):
     whole, exp_dir = tmp_path / "whole", tmp_path / "run"
-    more = ["--init", base, "--epochs", 2, "--checkpoint_every", "1 steps"]
+    more = ["--init", base, "--epochs", 2, "--checkpoint_every", "1 steps", "--ema", 0.9]
+    more += ["--freeze", "encoder"]
+    encoder = load_model(base).encoder.state_dict()
     train.main(flags_of(whole, corpus, *more))
     run_until(2, flags_of(exp_dir, corpus, *more), monkeypatch)
     error = error_of(train.main, *flags_of(exp_dir, corpus, "--epochs", 2))
@@ -225,6 +232,8 @@ def test_a_killed_run_resumes_without_its_base(base, corpus, tmp_path, monkeypat
     assert end_of(exp_dir) == end_of(whole)
     for row, expected in zip(rows_of(exp_dir), rows_of(whole), strict=True):
         assert row["val_loss_start"] == expected["val_loss_start"]
+    for name, tensor in load_model(exp_dir).encoder.state_dict().items():
+        assert torch.equal(tensor, encoder[name])
     conf = [yaml.safe_load((folder / "conf.yml").read_text()) for folder in (exp_dir, whole)]
     assert conf[0]["training"] == conf[1]["training"]
 
@@ -363,3 +372,22 @@ def test_another_freeze_is_a_change_that_a_run_can_resume_with(corpus, tmp_path,
     after = load_model(list_last(tmp_path / "checkpoints")[0]).state_dict()
     kept = {name for name in before if torch.equal(before[name], after[name])}
     assert kept == {"decoder.basis_signals.weight"}
+
+
+@pytest.mark.parametrize("parts", ["encoder,separator.network.0", "separator.network.2", "decoder"])
+def test_the_fast_path_trains_the_rest_as_the_model_does(parts):
+    gradients = []
+    for make_forward in (lambda model: model, TrainingForward):
+        model, golden = load_golden_model("noncausal_gln")
+        freeze(model.train(), parts)
+        torch.nn.functional.l1_loss(
+            make_forward(model)(golden["input"]), golden["target"]
+        ).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    plain, fast = gradients
+    largest = max(grad.abs().max() for grad in plain.values() if grad is not None)
+    for name, expected in plain.items():
+        is_frozen = name.startswith(tuple(f"{part}." for part in parts.split(",")))
+        assert (expected is None) == (fast[name] is None) == is_frozen
+        if not is_frozen:
+            torch.testing.assert_close(fast[name], expected, rtol=0, atol=1e-4 * largest.item())

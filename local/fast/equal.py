@@ -41,7 +41,7 @@ def find_difference(model: nn.Module, training: bool = False) -> str:
     """
     if fault := find_structural_difference(model):
         return fault
-    if training and not all(part.training for part in model.modules()):
+    if training and model.training and not all(part.training for part in model.modules()):
         return "part of the model is in eval mode, as frozen BN is"
     architecture = _describe_architecture(model)
     for compared in {training, True}:  # comparing for training includes inference

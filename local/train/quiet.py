@@ -7,6 +7,7 @@ import warnings
 WARNINGS = (
     ".*does not have many workers",
     ".*isinstance.treespec, LeafSpec",
+    r"Found \d+ module\(s\) in eval mode",  # frozen BN
     # Of resumed runs.
     "Experiment logs directory",
     "Checkpoint directory",
@@ -27,6 +28,7 @@ def quieten_lightning() -> None:
     logging.getLogger().addHandler(handler)
     for name in ("pytorch_lightning", "lightning_fabric"):  # where it has been imported
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
