@@ -19,9 +19,9 @@ def separation_bytes(
 ) -> float:
     """Return the bytes of the machine's memory that the separation of a track takes.
 
-    Mixture and estimates are counted, and what the model keeps of what it separates at once: the
-    track, or a window of overlap-add. The latter not for models other than ConvTasNetStereo, of
-    which it is not known, and not on a GPU, which has memory of its own.
+    Mixture and estimates are counted, also of a window of overlap-add, and what the model keeps of
+    what it separates at once: the track, or such a window. The latter not for models other than
+    ConvTasNetStereo, of which it is not known, and not on a GPU, which has memory of its own.
 
     Args:
         args: of the flags of `add_method_flags`.
@@ -29,13 +29,15 @@ def separation_bytes(
     """
     rate, at_once = model.samplerate, seconds
     targets = model.C + (model.C > 2)  # then the accompaniment is one more
-    signals = 0 if in_blocks else 4 * model.audio_channels * (1 + targets) * seconds * rate
+    per_second = 4 * model.audio_channels * (1 + targets) * rate
+    signals = 0 if in_blocks else per_second * seconds
     device = next(model.parameters()).device
     if device.type != "cpu" or args.method == "stream" or not isinstance(model, ConvTasNetStereo):
         return WORKSPACE + signals
     if args.method == "overlap-add":
         window = args.segment * (1 + args.overlap) + args.overlap
         at_once = min(seconds, window * count_windows(device))
+        signals += per_second * at_once
     channels = 5 * model.H + 2 * model.B + model.N  # of the model itself, at its peak (measured)
     if choose_fast(model, args.fast):  # the residual, and a buffer; or a stream
         channels = model.B + max(model.B, model.H) if find_stream_fault(model) else 0
