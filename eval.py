@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local.tools.choices import MISSING_STEMS, SCORERS, SPLITS, SUFFIX, add_method_flags
+from local.tools.choices import MISSING_STEMS, SPLITS, SUFFIX, add_method_flags, add_scoring_flags
 from local.tools.command_line import OneLineParser, clear_errors
 from local.tools.progress import add_progress_flags, set_progress
 from local.tools.slurm import requeueing
@@ -66,13 +66,7 @@ def make_parser() -> OneLineParser:
         action="store_true",
         help="read the test set as it is, not on the grid of 16 bits as musdb does",
     )
-    add(
-        "--scorer",
-        choices=SCORERS,
-        default=SCORERS[0],
-        help="museval gives the same numbers, slower [%(default)s]",
-    )
-    add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")
+    add_scoring_flags(parser)
     add_progress_flags(parser)
     return parser
 

@@ -33,7 +33,7 @@ from local.tools.jobs import run_jobs
 from local.tools.progress import add_progress_flags, set_progress
 from local.tools.resample import resample
 from local.tools.sound_files import describe_fault
-from local.tools.wav import WavWriter
+from local.tools.wav import WavWriter, to_16_bits
 from local.tracks.roots import SPLITS, list_places
 from local.tracks.track import Place
 
@@ -217,10 +217,9 @@ def _write(writer: WavWriter, block: np.ndarray, subtype: str) -> int:
     if subtype == "FLOAT":
         writer.write(np.ascontiguousarray(block))
         return 0
-    scaled = np.rint(block * 32768.0)
-    samples = np.clip(scaled, -32768, 32767).astype(np.int16)
+    samples, clipped = to_16_bits(block)
     writer.write(samples)
-    return int(np.count_nonzero(scaled != samples))
+    return clipped
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path, sha256
 from local.tools.progress import Lines, show_progress
-from local.tools.wav import WavWriter
+from local.tools.wav import WavWriter, to_16_bits
 
 
 def load_separator(checkpoint: str | Path) -> nn.Module:
@@ -139,7 +139,6 @@ class EstimateWriter:
         for target, estimate in estimates.items():
             samples = estimate.T
             if not self.float32:
-                scaled = np.rint(samples * 32768.0)
-                samples = np.clip(scaled, -32768, 32767).astype(np.int16)
-                self.clipped += np.count_nonzero(scaled != samples)
+                samples, clipped = to_16_bits(samples)
+                self.clipped += clipped
             self.files[target].write(samples)

@@ -16,7 +16,7 @@ if not __package__:  # run as a script: Python puts this folder on its path, not
     sys.path[0] = str(Path(__file__).parents[1])
 
 from local import __version__
-from local.tools.choices import SCORERS
+from local.tools.choices import add_scoring_flags
 from local.tools.command_line import OneLineParser, UserError, clear_errors, plural, raise_together
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.progress import add_progress_flags, set_progress
@@ -34,13 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     add("references", type=Path, metavar="REFERENCES", help="folder of tracks: TRACK/TARGET.wav")
     add("estimates", type=Path, metavar="ESTIMATES", help="folder of the same tracks")
     add("-o", "--out", type=Path, required=True, metavar="OUT", help="folder to write to")
-    add(
-        "--scorer",
-        choices=SCORERS,
-        default=SCORERS[0],
-        help="museval gives the same numbers, slower [%(default)s]",
-    )
-    add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")
+    add_scoring_flags(parser)
     add_progress_flags(parser)
     with clear_errors(parser.prog):
         args = parser.parse_args(argv)
@@ -112,20 +106,22 @@ def score_tracks(
 ) -> tuple[list[ScoredTrack], dict[str, str]]:
     """Return (the scored tracks, track -> why it has no scores)."""
     from local.eval.jobs import choose_jobs
+    from local.eval.out import choose_share
     from local.eval.pool import ScoringPool
     from local.eval.score_files import remove_scores
+    from local.tools.ranks import Ranks
 
     targets = max((len(track.estimates) for track in records), default=0)
     jobs = args.jobs or choose_jobs(records, args.scorer, targets=targets)
     options = {"targets": targets, "remove": remove_scores}
     with ScoringPool(args.out, jobs, args.scorer, **options) as pool:
-        for track in sorted(records, key=lambda track: track.seconds, reverse=True):
+        for track, record in choose_share(records, Ranks()).items():
             try:
                 pool.wait_for_memory(track, 0)
             except ValueError as error:
                 pool.fail(track, str(error))
             else:
-                pool.submit(track, None, records[track])
+                pool.submit(track, None, record)
         return pool.finish()
 
 

@@ -10,11 +10,11 @@ import soundfile as sf
 from local.eval.scoring import Signals, plan_passes
 from local.musdb18_tracks import TARGETS
 from local.tools.command_line import plural, raise_together
-from local.tools.files import is_foreign
+from local.tools.files import is_foreign, stamp_files
 from local.tools.sound_files import describe_fault
 from local.tracks.roots import find_name_faults
 from local.tracks.stem_files import UNKNOWN_LENGTH
-from local.tracks.track import MOST_FAULTS_SHOWN
+from local.tracks.track import shorten_faults
 
 SUFFIXES = (".wav", ".flac")
 OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
@@ -48,10 +48,10 @@ class FolderTrack:
         return [*self.references.values(), *self.estimates.values()]
 
     def describe_files(self) -> dict[str, list[int]]:
-        """Return name -> [bytes, time of the last change in ns]: a changed file has another."""
+        """Return the versions of its files by their names: see `stamp_files`."""
         kinds = {"references": self.references, "estimates": self.estimates}
-        stats = {f"{kind}/{f.name}": f.stat() for kind, of in kinds.items() for f in of.values()}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        files = {f"{kind}/{f.name}": f for kind, of in kinds.items() for f in of.values()}
+        return stamp_files(files)
 
     def read_signals(self) -> Signals:
         """Read the track. Estimates are cut, or padded with zeros, to the references' length.
@@ -116,10 +116,7 @@ class Report:
         ]
 
     def raise_faults(self) -> None:
-        lines = self.faults[:MOST_FAULTS_SHOWN]
-        if len(self.faults) > MOST_FAULTS_SHOWN:
-            lines.append(f"and {len(self.faults) - MOST_FAULTS_SHOWN} more")
-        raise_together(lines, "the folders")
+        raise_together(shorten_faults(self.faults), "the folders")
 
 
 def find_folder_tracks(references: Path, estimates: Path) -> tuple[list[FolderTrack], list[str]]:

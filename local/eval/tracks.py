@@ -24,6 +24,7 @@ from local.musdb18_tracks import (
 )
 from local.stems import STREAMS, decode_track, probe_rate
 from local.tools.ffmpeg import need_ffmpeg
+from local.tools.files import stamp_files
 from local.tracks.roots import Roots, list_places
 from local.tracks.stem_files import open_files, open_tracks, read_rules
 from local.tracks.track import Part, Place, raise_dataset_faults
@@ -102,9 +103,8 @@ def list_files(track: TestTrack) -> list[Path]:
 
 
 def describe_files(track: TestTrack) -> dict[str, list[int]]:
-    """Return name -> [bytes, time of the last change in ns]: a changed file has another."""
-    stats = {file.name: file.stat() for file in list_files(track)}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    """Return the versions of its files by their names: see `stamp_files`."""
+    return stamp_files({file.name: file for file in list_files(track)})
 
 
 def read_mixture(track: TestTrack, float32: bool = False) -> np.ndarray:

@@ -30,3 +30,15 @@ def add_method_flags(parser: ArgumentParser) -> None:
         help="the fast path of local/fast: auto, where it equals the model; yes, or stop; no, the"
         " model itself [%(default)s]",
     )
+
+
+def add_scoring_flags(parser: ArgumentParser) -> None:
+    """Add --scorer and --jobs."""
+    add = parser.add_argument
+    add(
+        "--scorer",
+        choices=SCORERS,
+        default=SCORERS[0],
+        help="museval gives the same numbers, slower [%(default)s]",
+    )
+    add("--jobs", type=int, help="tracks to score at a time [as cores and free memory allow]")

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,6 +83,12 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def stamp_files(files: Mapping[str, Path]) -> dict[str, list[int]]:
+    """Return name -> [bytes, time of the last change in ns]: a changed file has another."""
+    stats = {name: file.stat() for name, file in files.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def is_failed_access(error: OSError, *places: Path) -> bool:

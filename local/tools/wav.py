@@ -11,6 +11,13 @@ LARGEST = 2**32 - 2**10  # bytes of samples in a plain wav file: its header has 
 BLOCK = 2**20  # samples at a time
 
 
+def to_16_bits(samples: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return (float samples as int16, how many were beyond full scale and clipped)."""
+    scaled = np.rint(samples * 32768.0)
+    clipped = np.clip(scaled, -32768, 32767).astype(np.int16)
+    return clipped, int(np.count_nonzero(scaled != clipped))
+
+
 class WavWriter:
     """A wav file; one of more than 4 GiB is written as RF64, whose sizes have 64 bits.
 

@@ -186,10 +186,13 @@ def raise_dataset_faults(
         raise DatasetError("\n".join(texts))
 
 
+def shorten_faults(faults: list[str]) -> list[str]:
+    """The first faults, and how many more there are."""
+    more = len(faults) - MOST_FAULTS_SHOWN
+    return faults[:MOST_FAULTS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+
+
 def _list_faults(root: Path, faults: list[str], remedies: list[str]) -> str:
-    lines = faults[:MOST_FAULTS_SHOWN]
-    if len(faults) > len(lines):
-        lines.append(f"and {len(faults) - len(lines)} more")
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     remedy = "; ".join(["fix or remove these tracks", *remedies])
-    return "\n  ".join([f"--root: {count} in {root}; {remedy}", *lines])
+    return "\n  ".join([f"--root: {count} in {root}; {remedy}", *shorten_faults(faults)])

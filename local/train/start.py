@@ -66,10 +66,10 @@ def _refuse_other_base(conf: dict, before: dict) -> None:
     if before["init"] and not source:
         raise UserError(f"{run}; add --init {before['init']} to resume it")
     file = find_weights(source) if source else None
-    if file and sha256(file) != before["init_sha256"]:
+    if file and (found := sha256(file)) != before["init_sha256"]:
         raise UserError(
             f"{run} (SHA-256 {before['init_sha256']}), and {source} has other weights (SHA-256"
-            f" {sha256(file)}); type --init as before to resume it, or name another --exp_dir"
+            f" {found}); type --init as before to resume it, or name another --exp_dir"
         )
 
 
