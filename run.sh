@@ -34,8 +34,8 @@ say() { printf '\n== %s (after %d:%02d)\n' "$*" $((SECONDS / 60)) $((SECONDS % 6
 fail() { printf 'run.sh: error: %s\n' "$*" >&2; exit 2; }
 
 # A model and a schedule that learn the demo songs in minutes on two cores.
+demo_model=(--N 128 --L 80 --B 64 --H 128 --X 6 --R 1)
 demo_flags=(
-    --N 128 --L 80 --B 64 --H 128 --X 6 --R 1
     --segment 1 --samples_per_track 16 --aggregate 1 --epochs 20 --lr 0.003
     --num_workers 1 --devices 1
 )
@@ -155,7 +155,8 @@ if [ ${#roots[@]} -gt 0 ]; then
     train_flags=("${test_set[@]}" "${train_flags[@]}")
 elif [ -z "$conf" ]; then
     exp=$here/exp/${tag:-demo}
-    train_flags=(--root "$here/data/demo" "${demo_flags[@]}" "${train_flags[@]}")
+    if [[ " ${train_flags[*]}" =~ \ --init[\ =] ]]; then demo_model=(); fi # that of --init
+    train_flags=(--root "$here/data/demo" "${demo_model[@]}" "${demo_flags[@]}" "${train_flags[@]}")
 fi
 if [ -n "$conf" ]; then
     exp=$here/exp/$tag

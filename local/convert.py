@@ -32,7 +32,7 @@ from local.tools.files import atomic_path, is_foreign
 from local.tools.jobs import run_jobs
 from local.tools.progress import add_progress_flags, set_progress
 from local.tools.resample import resample
-from local.tools.sound_files import describe_fault
+from local.tools.sound_files import describe_fault, read_header
 from local.tools.wav import WavWriter, to_16_bits
 from local.tracks.roots import SPLITS, list_places
 from local.tracks.track import Place
@@ -124,13 +124,15 @@ def plan_track(place: Place, rate: int, faults: list[str]) -> dict[str, Source]:
             faults.append(f"{path}: neither wav nor flac; write it as one, or remove it")
             continue
         try:
-            info = sf.info(os.fsencode(path))
-        except (OSError, sf.LibsndfileError):
-            faults.append(f"{path}: {describe_fault(path)}")
+            info = read_header(path)
+        except ValueError as error:
+            faults.append(f"{path}: {error}")
             continue
         name = f"{path.stem}.wav"
         if name in sources:
             faults.append(f"{path}: {sources[name].path.name} is there, too; remove one")
+        if info.frames == 0:
+            faults.append(f"{path}: no samples")
         if info.channels > 2:
             faults.append(f"{path}: expected 1 or 2 channels, got {info.channels}")
         length = round(info.frames * rate / info.samplerate)

@@ -87,6 +87,12 @@ def write_corpus(root: Path, suffix="wav") -> Path:
     return root
 
 
+def write_flac_of_unknown_length(path: Path) -> None:
+    """A second, as ffmpeg writes it to a pipe."""
+    command = f"ffmpeg -v error -f lavfi -i sine=sample_rate={RATE}:duration=1 -ac 2 -f flac -"
+    path.write_bytes(subprocess.run(command.split(), capture_output=True, check=True).stdout)
+
+
 def write_song(path: Path, rate=16000, channels=2, seconds=0.7, seed=0) -> np.ndarray:
     """Writes what its suffix says, and returns its (T, channels) samples before any coding."""
     audio = make_stems(seconds, rate, seed)["mixture"] / 32768

@@ -6,7 +6,14 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import RATE, ROOT, TRAIN_NAMES, write_times, write_track
+from conftest import (
+    RATE,
+    ROOT,
+    TRAIN_NAMES,
+    write_flac_of_unknown_length,
+    write_times,
+    write_track,
+)
 
 from local.convert import convert_tree, main
 from local.musdb18_tracks import SOURCES, find_tracks
@@ -98,6 +105,8 @@ def test_faults_are_found_before_anything_is_written(tmp_path, error_of, monkeyp
     assert "OUT" in error_of(main, root, root)
     error = error_of(main, root, out, "--jobs", 0, "--sample_rate", 0)
     assert "--jobs" in error and "--sample_rate" in error
+    write_flac_of_unknown_length(folder / "piano.flac")
+    sf.write(folder / "empty.wav", np.zeros((0, 2)), RATE)
     (folder / "vocals.mp3").touch()
     (folder / "drums.wav").write_bytes(b"")
     sf.write(folder / "bass.flac", np.zeros((9, 2)), RATE)
@@ -105,6 +114,8 @@ def test_faults_are_found_before_anything_is_written(tmp_path, error_of, monkeyp
     error = error_of(main, root, out)
     for words in (
         f"{folder / 'vocals.mp3'}: neither wav nor flac",
+        f"{folder / 'piano.flac'}: its header does not say how long it is",
+        f"{folder / 'empty.wav'}: no samples",
         f"{folder / 'drums.wav'}: cannot be read",
         f"{folder / 'bass.wav'}: bass.flac is there, too",
         f"{folder / 'other.wav'}: expected 1 or 2 channels, got 3",

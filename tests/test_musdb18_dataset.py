@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +12,15 @@ import pytest
 import soundfile as sf
 import torch
 import yaml
-from conftest import RATE, TEST_NAMES, TRAIN_NAMES, make_stems, write_corpus, write_track
+from conftest import (
+    RATE,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    make_stems,
+    write_corpus,
+    write_flac_of_unknown_length,
+    write_track,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -474,8 +481,7 @@ def test_a_damaged_flac_is_named_or_read_right(scratch, place, kind, start):
 def test_a_flac_of_unknown_length_is_refused(tmp_path):
     write_corpus(tmp_path / "flac", "flac")
     path = tmp_path / "flac" / "train" / TRAIN_NAMES[0] / "bass.flac"
-    convert = ["ffmpeg", "-v", "error", "-i", path, "-f", "flac", "-"]
-    path.write_bytes(subprocess.run(convert, capture_output=True, check=True).stdout)
+    write_flac_of_unknown_length(path)
     with pytest.raises(DatasetError, match="bass.flac: its header does not say how long"):
         find_tracks(tmp_path / "flac", "train", RATE, "flac")
 

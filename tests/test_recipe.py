@@ -35,6 +35,8 @@ def test_objects_are_described_by_what_is_not_their_default():
     adam.param_groups[0]["lr"] = 0.05  # halved
     assert describe_optimizer(adam).startswith("Adam(lr=0.05")
     sgd = torch.optim.SGD(WEIGHTS, lr=0.001, momentum=0.9)
+    adamw = torch.optim.AdamW(WEIGHTS, weight_decay=0.01)
+    assert describe_optimizer(adamw) == "AdamW(lr=0.001, weight_decay=0.01)"
     assert describe_optimizer(sgd) == "SGD(lr=0.001, momentum=0.9)"
     plateau = ReduceLROnPlateau(adam, factor=0.5, patience=5)
     assert describe_object(plateau) == "ReduceLROnPlateau(factor=0.5, patience=5)"

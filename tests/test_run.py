@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import stempeg
+import torch
 from conftest import (
+    RATE,
     ROOT,
     TEST_NAMES,
     TINY_RUN,
@@ -19,7 +21,7 @@ from conftest import (
     write_times,
 )
 
-from local import __version__
+from local import ConvTasNetStereo, __version__
 
 
 def run_sh(checkout: Path, *args, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -153,6 +155,18 @@ def test_a_root_of_stem_mp4_files_is_decoded_once(tmp_path):
     assert vocals.is_file()
     assert (checkout / "exp" / "musdb18" / "eval" / "D" / "vocals.wav").is_file()
     assert "0 tracks decoded, 3 there already" in run_sh(checkout, *args).stdout
+
+
+@needs_venv
+def test_the_demo_trains_the_model_of_init(tmp_path):
+    checkout, base = copy_project(tmp_path / "checkout"), tmp_path / "base.pth"
+    write_corpus(checkout / "data" / "demo")
+    model = ConvTasNetStereo(N=8, L=20, B=4, H=8, X=1, R=1, C=2, audio_channels=2, samplerate=RATE)
+    torch.save(model.serialize(), base)
+    result = run_sh(checkout, "--stage", 1, "--init", base, "--check")
+    assert result.returncode == 0, result.stderr
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{parameters:,} parameters, {RATE} Hz" in result.stdout
 
 
 @needs_venv

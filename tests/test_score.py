@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from conftest import RATE, ROOT, make_stems, run_python, write_times
+from test_eval import contents, kill, start, wait_for
 
 from local.eval.score_files import read_scores
 from local.score import main
@@ -121,6 +122,21 @@ def test_a_second_run_scores_what_has_changed(folders, capsys):
     assert "1 track to score again, its files have changed: A\n" in printed
     assert "1 track to score again, made with targets " in printed
     assert set(read_scores(out / "test" / "B. 2.json")) == {"drums", "vocals"}
+
+
+def test_killed_it_resumes_to_the_same_results(tmp_path):
+    for seed in range(4):
+        references, estimates = make_signals(seed, seconds=20)
+        write(tmp_path / "true" / f"{seed}", references)
+        write(tmp_path / "found" / f"{seed}", estimates)
+    undisturbed = score(tmp_path).rename(tmp_path / "undisturbed")
+    words = [ROOT / "local/score.py", tmp_path / "true", tmp_path / "found", "--jobs", 1]
+    process = start(*words, "--out", tmp_path / "out")
+    wait_for(process, lambda: any((tmp_path / "out").glob("test/[!.]*.json")))
+    kill(process)
+    assert not (tmp_path / "out" / "results.txt").exists()
+    score(tmp_path)
+    assert contents(tmp_path / "out") == contents(undisturbed)
 
 
 def test_a_track_that_cannot_be_scored_costs_no_file_but_its_scores(folders, capsys):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_scores_of_four_stems_and_their_accompaniment_are_those_of_museval(corpu
         assert extras["silent"] == dict.fromkeys(silence, kind)
         for metric in ("mixture_SDR", "uSDR", "mixture_uSDR", "SI_SDR", "mixture_SI_SDR"):
             assert set(extras[metric]) == set(audible)
+
+
+def test_stems_that_a_track_does_not_have_are_not_scored(corpus):
+    """As where a model of four stems is tested on a karaoke pair."""
+    track, _ = open_test_set(corpus, RATE, "wav")
+    estimates = make_estimates(track, with_stems=True)
+    mixture = read_track(track)[0]["mixture"]
+    references = {target: estimates[target] for target in TARGETS}
+    store, extras = score_signals(track.name, Signals(RATE, mixture, references, estimates))
+    assert extras["without_reference"] == ["bass", "drums", "other"]
+    assert {target["name"] for target in json.loads(store.json)["targets"]} == set(TARGETS)
 
 
 def test_scores_of_a_stem_root_are_those_of_museval(excerpts, tmp_path):

@@ -11,9 +11,8 @@ from local.eval.scoring import Signals, plan_passes
 from local.musdb18_tracks import TARGETS
 from local.tools.command_line import plural, raise_together
 from local.tools.files import is_foreign, stamp_files
-from local.tools.sound_files import describe_fault
+from local.tools.sound_files import describe_fault, read_header
 from local.tracks.roots import find_name_faults
-from local.tracks.stem_files import UNKNOWN_LENGTH
 from local.tracks.track import shorten_faults
 
 SUFFIXES = (".wav", ".flac")
@@ -227,12 +226,12 @@ def check_headers(
     infos = {}
     for file in (*references.values(), *estimates.values()):
         try:
-            infos[file] = sf.info(os.fsencode(file))
-        except (OSError, sf.LibsndfileError):
-            faults.append(f"{file}: {describe_fault(file)}")
+            infos[file] = read_header(file)
+        except ValueError as error:
+            faults.append(f"{file}: {error}")
             continue
-        if infos[file].frames in (0, UNKNOWN_LENGTH):
-            faults.append(f"{file}: holds no samples, or does not say how many; write it again")
+        if infos[file].frames == 0:
+            faults.append(f"{file}: no samples")
     if faults:
         return None
     first, *others = infos

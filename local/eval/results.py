@@ -33,7 +33,7 @@ def describe_track(track: ScoredTrack) -> str:
     for target in track.targets:
         _, model, gain, nan_share = track.sdr_cells(target)
         shown.append(f"{target} {model:.2f} dB (gain {gain:+.2f}, NaN {nan_share:.0%})")
-    shown += [f"{target} none, its {kind} is silent" for target, kind in track.silent.items()]
+    shown += [f"{target} none, {reason}" for target, reason in track.unscored.items()]
     return f"{track.name}: SDR {', '.join(shown)}"
 
 
@@ -97,7 +97,7 @@ def _describe(store, scored: list[ScoredTrack], failures: dict[str, str]) -> str
         for aggregates in (("median", "median"), ("median", "mean"), ("mean", "median")):
             store.frames_agg, store.tracks_agg = aggregates
             lines += ["", *(line.rstrip() for line in str(store).strip().splitlines())]
-        lines += ["", describe_nan_frames(scored), *describe_silent(scored)]
+        lines += ["", describe_nan_frames(scored), *describe_unscored(scored)]
         lines += describe_clipping(scored)
     if failures:
         lines += ["", f"Not scored: {len(failures)} of {len(scored) + len(failures)} tracks"]
@@ -115,14 +115,14 @@ def describe_nan_frames(scored: list[ScoredTrack]) -> str:
     return f"Frames without a score (NaN): {', '.join(shown)}"
 
 
-def describe_silent(scored: list[ScoredTrack]) -> list[str]:
-    """Return lines: which targets of which tracks have no scores, as they are silent throughout."""
+def describe_unscored(scored: list[ScoredTrack]) -> list[str]:
+    """Return lines: which targets of which tracks have no scores, and why."""
     lines = []
     for track in scored:
-        if track.silent:
-            shown = ", ".join(f"{target} (its {kind})" for target, kind in track.silent.items())
+        if track.unscored:
+            shown = ", ".join(f"{target} ({reason})" for target, reason in track.unscored.items())
             lines.append(f"  {track.name}: {shown}")
-    return ["", "Without scores, as they are silent throughout:", *lines] if lines else []
+    return ["", "Targets without scores:", *lines] if lines else []
 
 
 def describe_clipping(scored: list[ScoredTrack]) -> list[str]:

@@ -49,9 +49,11 @@ class ScoredTrack:
         return order_targets(self.scores)
 
     @property
-    def silent(self) -> dict[str, str]:
-        """Targets without scores -> whether the reference or the estimate is silent throughout."""
-        return self.record["silent"]
+    def unscored(self) -> dict[str, str]:
+        """Targets without scores -> why."""
+        silent = {target: f"its {kind} is silent" for target, kind in self.record["silent"].items()}
+        lacking = self.record.get("without_reference", ())  # records of earlier versions
+        return silent | dict.fromkeys(lacking, "the track has no such stem")
 
     def sdr_cells(self, target: str) -> tuple[float, float, float, float]:
         """Return the SDR of the mixture, that of the model, the gain, the share of NaN frames."""
@@ -130,6 +132,7 @@ def save_track(out: Path, store, record: dict) -> None:
             - "clipped": file -> samples beyond full scale, see `tracks.read_track`
             - "silent": target that has no scores -> whether its "reference" or its "estimate" is
                 silent throughout
+            - "without_reference": targets that are estimated, and that the track does not have
             - "frames": their number
             - "mixture_SDR": target -> {"median", "mean"} over frames of the mixture's SDR, in dB
             - "uSDR", "mixture_uSDR": target -> SDR of the whole track, in dB

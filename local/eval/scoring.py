@@ -10,6 +10,7 @@ from local.eval.bsseval import RATIOS, bss_eval, framewise_sdr, is_silent
 from local.eval.score_files import (
     load_track,
     make_track_store,
+    order_targets,
     save_track,
     summarise,
 )
@@ -83,7 +84,9 @@ def score_signals(name: str, signals: Signals, scorer: str = SCORERS[0]) -> tupl
             or a sample is NaN or infinity.
     """
     silent = dict(find_silent(signals))
-    scores, extras = {}, {"clipped": signals.clipped, "silent": silent}
+    lacking = order_targets(signals.estimates.keys() - signals.references)
+    scores = {}
+    extras = {"clipped": signals.clipped, "silent": silent, "without_reference": lacking}
     for compared, wanted in plan_passes(signals.references.keys() & signals.estimates, silent):
         references, estimates = (
             np.stack([x[target].T for target in compared])

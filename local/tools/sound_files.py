@@ -9,6 +9,24 @@ import numpy as np
 import soundfile as sf
 
 BLOCK = 512  # samples to read at a time; a frame of a flac holds more
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
+
+
+def read_header(path: Path):
+    """Return soundfile's info on a wav or flac file.
+
+    Raises:
+        ValueError: what is wrong with the file, without its name.
+    """
+    try:
+        info = sf.info(os.fsencode(path))
+    except (OSError, sf.LibsndfileError):
+        raise ValueError(describe_fault(path)) from None
+    if info.frames == UNKNOWN_LENGTH:
+        raise ValueError(
+            "its header does not say how long it is; write it again, for example with ffmpeg"
+        )
+    return info
 
 
 def read_pcm16(path: Path, rate: int, total: int, start: int, length: int) -> np.ndarray | None:

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import soundfile as sf
-
 from local.tools.choices import SUFFIXES
 from local.tools.command_line import UserError, raise_together, suggest
-from local.tools.sound_files import describe_fault
+from local.tools.sound_files import read_header
 from local.tracks.track import SOURCES, Part, Place, Track, raise_dataset_faults, sum_parts
 
 # Names of the background of a karaoke pair; where several are there, the first is taken.
 BACKGROUNDS = ("accompaniment", "instrumental", "no_vocals", "background")
 STEMS = (*SOURCES, "accompaniment", "mixture")  # which --stem_names may name
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's, of a flac that was written to a pipe
 
 
 @dataclass(frozen=True)
@@ -205,15 +202,9 @@ def open_files(
     for name in dict.fromkeys(part.file for part in sum_parts(stems.values())):
         path, where = place.path / name, f"{place}/{name}"
         try:
-            info = sf.info(os.fsencode(path))
-        except (OSError, sf.LibsndfileError):
-            faults.append(f"{where}: {describe_fault(path)}")
-            continue
-        if info.frames == UNKNOWN_LENGTH:
-            faults.append(
-                f"{where}: its header does not say how long it is; write it again, for example"
-                " with ffmpeg"
-            )
+            info = read_header(path)
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
             continue
         lengths[name] = info.frames
         if info.frames == 0:

@@ -60,9 +60,12 @@ def describe_object(thing) -> str:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """The same of an optimizer, with its present learning rate."""
+    """The same of an optimizer, with its present learning rate, and any weight decay: AdamW's
+    default is not 0."""
     shown = {"lr": None} | read_settings(optimizer, changed=True)
-    shown["lr"] = optimizer.param_groups[0]["lr"]
+    shown |= {name: optimizer.param_groups[0].get(name) for name in ("lr", "weight_decay")}
+    if not shown["weight_decay"]:
+        del shown["weight_decay"]
     return _format_call(type(optimizer).__name__, shown)
 
 
