@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from local import inference
 from local.checkpoint import find_weights, load_model
+from local.fast.packed import find_precision_fault
 from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path, sha256
@@ -39,6 +40,9 @@ def load_separator(checkpoint: str | Path) -> nn.Module:
 
 def check_method_flags(model: nn.Module, args: Namespace) -> None:
     """Raise a UserError where the model cannot be used with the flags of `add_method_flags`."""
+    device = next(model.parameters()).device
+    if fault := find_precision_fault(args.precision, device):
+        raise UserError(f"--precision {args.precision}: {fault}")
     flags = {"overlap-add": "--segment, --overlap"}.get(args.method, "--method")
     for flag, method in {f"--fast {args.fast}": "full", flags: args.method}.items():
         try:
@@ -55,6 +59,7 @@ def describe_settings(args: Namespace, model: nn.Module) -> dict:
         "model_code": sha256(Path(inspect.getsourcefile(type(model)))),
         "method": args.method,
         **(segments if args.method == "overlap-add" else {}),
+        "precision": args.precision,
     }
 
 
@@ -63,8 +68,13 @@ def separate_targets(
 ) -> dict[str, np.ndarray]:
     """Separate a mixture (2, T), showing progress, into target -> (2, T)."""
     with progress_bar(title, mixture.shape[-1], model.samplerate) as bar:
-        settings = args.method, args.segment, args.overlap, bar.update, args.fast
+        settings = list_settings(args, bar.update)
         return name_targets(inference.separate(model, mixture, *settings))
+
+
+def list_settings(args: Namespace, progress: inference.Progress) -> tuple:
+    """Return the arguments of `inference.separate` after the mixture."""
+    return args.method, args.segment, args.overlap, progress, args.fast, args.precision
 
 
 def progress_bar(title: str, time: int, rate: int) -> tqdm | Lines:

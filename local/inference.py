@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from local.fast.choose import choose_fast
 from local.fast.full import separate_full
+from local.fast.packed import autocast_to, find_precision_fault
 from local.fast.rows import tile_size
 from local.models import least_samples
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
-from local.tools.choices import METHODS, OVERLAP, SEGMENT
+from local.tools.choices import METHODS, OVERLAP, PRECISIONS, SEGMENT
+from local.tools.windows import batch_windows, cut_windows
 
 Progress = Callable[[int], object]
 
@@ -28,6 +30,7 @@ def separate(
     overlap: float = OVERLAP,
     progress: Progress | None = None,
     fast: str = "auto",
+    precision: str = PRECISIONS[0],
 ) -> Tensor | np.ndarray:
     """Separates a track.
 
@@ -46,6 +49,8 @@ def separate(
         progress: called with the number of samples just finished.
         fast: "auto" uses the fast path if it equals the model, "yes" refuses a model that it does
             not equal, "no" runs the model itself.
+        precision: of the products, one of PRECISIONS; norms, the residual path, masks and estimates
+            are float32 in the fast path, and as autocast has them in the model itself.
 
     Shape:
         - mixture: (audio_channels, T)
@@ -54,12 +59,13 @@ def separate(
 
     Raises:
         ValueError: an argument is invalid; or the model cannot be streamed, differs from the fast
-            path with fast="yes", or returns another shape.
+            path with fast="yes", or returns another shape; or the device has no bf16.
     """
     if isinstance(mixture, np.ndarray):
         tensor = torch.from_numpy(np.require(mixture, requirements=["C", "W"]))
-        return separate(model, tensor, method, segment, overlap, progress, fast).numpy()
-    pieces = separate_blocks(model, [mixture], method, segment, overlap, progress, fast)
+        settings = method, segment, overlap, progress, fast, precision
+        return separate(model, tensor, *settings).numpy()
+    pieces = separate_blocks(model, [mixture], method, segment, overlap, progress, fast, precision)
     return _join(pieces, model, mixture)
 
 
@@ -72,6 +78,7 @@ def separate_blocks(
     overlap: float = OVERLAP,
     progress: Progress | None = None,
     fast: str = "auto",
+    precision: str = PRECISIONS[0],
 ) -> Iterator[Tensor]:
     """Separates a track that arrives in blocks; joined, the estimates are those of `separate`.
 
@@ -88,14 +95,20 @@ def separate_blocks(
     Raises:
         ValueError: see `separate`.
     """
-    is_fast = check_method(model, method, segment, overlap, fast)
+    is_fast = check_method(model, method, segment, overlap, fast, precision)
     blocks, progress = _check_blocks(model, blocks), progress or (lambda samples: None)
     if method == "overlap-add":
-        yield from _overlap_add(model, blocks, segment, overlap, progress, is_fast)
+        pieces = _overlap_add(model, blocks, segment, overlap, progress, is_fast)
     elif is_fast:
-        yield from _run_fast(model, blocks, progress)
+        pieces = _run_fast(model, blocks, progress)
     else:
-        yield from _run_whole(model, blocks, progress)
+        pieces = _run_whole(model, blocks, progress)
+    while True:
+        with autocast_to(precision, next(model.parameters()).device):  # not what takes the pieces
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def _check_blocks(model: nn.Module, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -116,7 +129,12 @@ def _join(pieces: Iterable[Tensor], model: nn.Module, mixture: Tensor) -> Tensor
 
 
 def check_method(
-    model: nn.Module, method: str, segment: float, overlap: float, fast: str = "auto"
+    model: nn.Module,
+    method: str,
+    segment: float,
+    overlap: float,
+    fast: str = "auto",
+    precision: str = PRECISIONS[0],
 ) -> bool:
     """Checks arguments of `separate`; returns whether it will use the fast path.
 
@@ -124,6 +142,8 @@ def check_method(
         ValueError: one of them is invalid, as in `separate`.
     """
     is_fast = choose_fast(model, fast)
+    if fault := find_precision_fault(precision, next(model.parameters()).device):
+        raise ValueError(fault)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method == "overlap-add":
@@ -208,13 +228,15 @@ def _overlap_add(
     shared = hop - int(hop - overlap * rate)  # samples of two windows; fade or fade + 1
     make_ramp = partial(torch.linspace, 0, 1, fade, device=like.device)
     tail = None  # the end of the window before, faded out
-    for mixtures, is_end in _batch(_cut_windows(blocks, hop, shared), count_windows(like.device)):
-        windows = _forward(model, mixtures.to(like), is_fast)
-        for number, window in enumerate(windows, start=1):
+    for mixtures, is_end in batch_windows(
+        cut_windows(blocks, hop, shared), count_windows(like.device)
+    ):
+        estimates = _forward(model, mixtures.to(like), is_fast)
+        for number, window in enumerate(estimates, start=1):
             time = done = window.shape[-1]
             if tail is not None:
                 window[..., :fade] *= make_ramp()
-            if not is_end or number < len(windows):
+            if not is_end or number < len(estimates):
                 window[..., time - fade :] *= 1 - make_ramp()
                 done -= shared
             window = window.to(mixtures)
@@ -223,43 +245,6 @@ def _overlap_add(
             tail = window[..., done:]
             progress(done)
             yield window[..., :done]
-
-
-def _cut_windows(
-    blocks: Iterable[Tensor], hop: int, shared: int = 0
-) -> Iterator[tuple[Tensor, bool]]:
-    """Cuts a track into windows that end every `hop` samples.
-
-    Args:
-        shared: samples of a window that the one before has, too.
-
-    Yields:
-        (window, whether it is the last). The last one has what remains.
-    """
-    rest, size = None, hop
-    for block in blocks:
-        rest = block if rest is None else torch.cat([rest, block], dim=-1)
-        while rest.shape[-1] > size:
-            yield rest[:, :size], False
-            rest, size = rest[:, size - shared :], hop + shared
-    if rest is not None:
-        yield rest, True
-
-
-def _batch(windows: Iterable[tuple[Tensor, bool]], most: int) -> Iterator[tuple[Tensor, bool]]:
-    """Batches of up to `most` consecutive windows of one length: gLN would average over padding.
-
-    Yields:
-        (windows, whether they are the last).
-    """
-    batch = []
-    for window, is_last in windows:
-        if batch and (len(batch) == most or batch[0].shape != window.shape):
-            yield torch.stack(batch), False
-            batch = []
-        batch.append(window)
-        if is_last:
-            yield torch.stack(batch), True
 
 
 def count_windows(device: torch.device) -> int:
@@ -280,7 +265,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     stream = StreamingConvTasNet(model)
     size = tile_size(next(model.parameters()).device) * model.encoder.hop
-    for block, is_last in _cut_windows(blocks, size):
+    for block, is_last in cut_windows(blocks, size):
         yield stream.push(block).to(block)
         progress(block.shape[-1])
         if is_last:

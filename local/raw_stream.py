@@ -1,9 +1,11 @@
 """Separate raw float32 samples from stdin to stdout as they come, for `local.separate --stream`."""
 
+import math
 import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,18 +16,24 @@ from torch import Tensor, nn
 from local.estimates import list_targets, name_targets
 from local.musdb18_tracks import TARGETS
 from local.streaming import StreamingConvTasNet
+from local.tools.choices import PRECISIONS
 from local.tools.command_line import CLOSED_PIPE, INTERRUPTED, UserError
 
 PIPE_SIZE = 2**16  # bytes
+SHORTEST_PACE, PAUSE = 5, 60  # seconds: of audio that is judged, and between two notes
 
 
-def separate_stream(model: nn.Module, target: str) -> int:
+def separate_stream(
+    model: nn.Module, target: str, block_ms: float | None = None, precision: str = PRECISIONS[0]
+) -> int:
     """Separate stdin until it ends or Ctrl-C is pressed.
 
     Args:
         model: see `StreamingConvTasNet`.
         target: what the model gives, see `list_targets`; or "both": the channels of vocals, then
             those of accompaniment.
+        block_ms: how much is separated at a time; None: what the pipe holds.
+        precision: see `StreamingConvTasNet`.
 
     Returns:
         the exit status.
@@ -39,24 +47,29 @@ def separate_stream(model: nn.Module, target: str) -> int:
     if target not in (*targets, "both"):
         raise UserError(f"--stream {target}: the model gives {', '.join(targets)}; name one")
     try:
-        engine = StreamingConvTasNet(model)
+        engine = StreamingConvTasNet(model, precision)
     except ValueError as error:
         raise UserError(f"--stream: {error}") from None
+    rate, size = model.samplerate, 4 * channels
+    block = size * max(1, round(block_ms * rate / 1000)) if block_ms else 0
+    in_blocks = f"blocks of {block // size} samples, " if block else ""
     print(
-        f"streaming {target} at {model.samplerate} Hz, float32 samples of {channels} channels in,"
-        f" {channels * (2 if target == 'both' else 1)} out; latency {engine.latency} samples"
-        f" ({1000 * engine.latency / model.samplerate:.1f} ms)",
+        f"streaming {target} at {rate} Hz, float32 samples of {channels} channels in,"
+        f" {channels * (2 if target == 'both' else 1)} out; {in_blocks}latency {engine.latency}"
+        f" samples ({1000 * engine.latency / rate:.1f} ms)",
         file=sys.stderr,
     )
-    rest, size = b"", 4 * channels
+    pace, odd = Pace(), 0
     try:
         with ctrl_c_as_input() as interrupt:
-            for chunk in read_chunks(source, interrupt):
-                rest += chunk
-                whole = len(rest) // size * size
-                block = np.frombuffer(rest[:whole], np.float32).reshape(-1, channels)
-                rest = rest[whole:]
-                write_samples(sink, engine.push(torch.from_numpy(block.T.copy())), target)
+            for piece in cut_pieces(read_chunks(source, interrupt), size, block):
+                odd = len(piece) % size
+                samples = np.frombuffer(piece[: len(piece) - odd], np.float32)
+                samples = torch.from_numpy(samples.reshape(-1, channels).T.copy())
+                start = time.monotonic()
+                estimates = engine.push(samples)
+                pace.add(time.monotonic() - start, samples.shape[-1] / rate)
+                write_samples(sink, estimates, target)
             interrupted = is_readable(interrupt)
         write_samples(sink, engine.flush(), target)
     except BrokenPipeError:
@@ -65,9 +78,32 @@ def separate_stream(model: nn.Module, target: str) -> int:
         raise UserError(f"--stream: stdin or stdout: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"stdin: {error}") from None
-    if rest:
-        print(f"stdin: its last {len(rest)} bytes are no whole sample; ignored", file=sys.stderr)
+    if odd:
+        print(f"stdin: its last {odd} bytes are no whole sample; ignored", file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+class Pace:
+    """Says on stderr, at most once a minute, that the work takes longer than the audio lasts."""
+
+    def __init__(self):
+        self.work = self.audio = 0.0
+        self.quiet_until = -math.inf
+
+    def add(self, work: float, audio: float) -> None:
+        """Both in seconds."""
+        self.work, self.audio = self.work + work, self.audio + audio
+        if self.audio < SHORTEST_PACE:
+            return
+        if self.work > self.audio and time.monotonic() >= self.quiet_until:
+            print(
+                f"falls behind: {self.work / self.audio:.2f} s of work for a second of audio;"
+                " a larger --block, or --precision bf16, is faster",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.quiet_until = time.monotonic() + PAUSE
+        self.work = self.audio = 0.0
 
 
 @contextmanager
@@ -100,6 +136,25 @@ def read_chunks(source: int, interrupt: int) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
+
+
+def cut_pieces(chunks: Iterator[bytes], sample: int, block: int) -> Iterator[bytes]:
+    """Cut raw samples into pieces of `block` bytes, or into what has arrived where that is 0.
+
+    Args:
+        sample: bytes of a sample of all channels; pieces hold whole ones.
+
+    Yields:
+        the pieces; the last is what remains, if only a part of a sample.
+    """
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        size = block or len(rest) // sample * sample or sample
+        while len(rest) >= size:
+            yield rest[:size]
+            rest = rest[size:]
+    yield rest
 
 
 def is_readable(descriptor: int) -> bool:

@@ -37,6 +37,8 @@ from local.tools.progress import add_progress_flags, report, set_progress
 if TYPE_CHECKING:
     from torch import nn
 
+LONGEST_BLOCK = 60_000  # ms
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
@@ -72,6 +74,7 @@ def make_parser() -> OneLineParser:
         " write this, vocals by default, to stdout; bass, drums, other: by a model of four stems;"
         " both: vocals' channels, then accompaniment's",
     )
+    add("--block", type=float, metavar="MS", help="of --stream, in ms [what the pipe holds]")
     return parser
 
 
@@ -91,7 +94,7 @@ def run(args: Namespace) -> int:
     raise_together(find_faults(args))
     model = load_separator(args.checkpoint).to(args.device)
     if args.stream:
-        return separate_stream(model, args.stream)
+        return separate_stream(model, args.stream, args.block, args.precision)
     check_method_flags(model, args)
     print(f"through {describe_fast(model, args.fast)}")
     return 1 if separate_songs(model, args) else 0
@@ -107,6 +110,8 @@ def find_stream_faults(args: Namespace) -> list[str]:
     faults = []
     if args.songs:
         faults.append(f"--stream reads stdin; omit {args.songs[0]}")
+    if args.block is not None and not 0 < args.block <= LONGEST_BLOCK:
+        faults.append(f"--block must be above 0 and at most {LONGEST_BLOCK} ms, got {args.block}")
     if args.fast == "no":
         faults.append("--stream needs the fast path; omit --fast no")
     for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
@@ -121,6 +126,8 @@ def find_song_faults(args: Namespace) -> list[str]:
     faults = [f"no such file or folder: {song}" for song in args.songs if not exists[song]]
     if not args.songs:
         faults.append("name a SONG, or use --stream")
+    if args.block is not None:
+        faults.append("--block needs --stream")
     if args.out.exists() and not args.out.is_dir():
         faults.append(f"--out: {args.out} is a file; name a folder")
     try:
@@ -217,7 +224,7 @@ def separate_song(
     """
     import torch
 
-    from local.estimates import EstimateWriter, list_targets, progress_bar
+    from local.estimates import EstimateWriter, list_settings, list_targets, progress_bar
     from local.inference import separate_blocks
     from local.songs.convert import read_mixture, restore
     from local.songs.read import SongReader
@@ -238,8 +245,7 @@ def separate_song(
             progress_bar(title, samples, rate) as bar,
             EstimateWriter(folder, reader.rate, reader.channels, args.float32, targets) as writer,
         ):
-            settings = args.method, args.segment, args.overlap, bar.update, args.fast
-            blocks = separate_blocks(model, mixture, *settings)
+            blocks = separate_blocks(model, mixture, *list_settings(args, bar.update))
             for estimates in restore(blocks, targets, rate, reader):
                 writer.write(estimates)
         save_record(folder, record | {"damage": reader.damage or ""})

@@ -1,12 +1,16 @@
 """Streaming of the causal model: block by block, with low latency and constant memory."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from local.fast.equal import find_difference
+from local.fast.packed import autocast_to, find_precision_fault
 from local.fast.rows import RowModel, tile_size
 from local.tasnet import ConvTasNetStereo
+from local.tools.choices import PRECISIONS
 
 
 def find_stream_fault(model: torch.nn.Module) -> str:
@@ -30,15 +34,19 @@ class StreamingConvTasNet:
     Args:
         model: causal, with cLN, BN or id, in eval mode, and equal to the fast path (see
             local/fast/equal.py); its weights must not change.
+        precision: of the products, one of PRECISIONS.
 
     Raises:
-        ValueError: the model cannot be streamed, or is in training mode.
+        ValueError: the model cannot be streamed, or is in training mode; or its device has no bf16.
     """
 
-    def __init__(self, model: ConvTasNetStereo):
-        if fault := find_stream_fault(model):
+    def __init__(self, model: ConvTasNetStereo, precision: str = PRECISIONS[0]):
+        device = next(model.parameters()).device
+        if fault := find_stream_fault(model) or find_precision_fault(precision, device):
             raise ValueError(fault)
-        self._model, self._rows = model, RowModel(model)
+        self._autocast = partial(autocast_to, precision, device)
+        with self._autocast():
+            self._model, self._rows = model, RowModel(model)
         self.reset()
 
     @property
@@ -48,9 +56,9 @@ class StreamingConvTasNet:
 
     @property
     def state_size(self) -> int:
-        """The largest size of the state between two blocks, in bytes."""
+        """The size of the state between two blocks, in bytes. It grows with the largest block."""
         channels, itemsize = self._pending.shape[:-1].numel(), self._pending.itemsize
-        states = [self._tail, *(block.depthwise.context for block in self._rows.blocks)]
+        states = [self._tail, *(block.depthwise for block in self._rows.blocks)]
         return channels * self.latency * itemsize + sum(state.nbytes for state in states)
 
     def reset(self) -> None:
@@ -84,7 +92,8 @@ class StreamingConvTasNet:
             self._pending = self._pending.expand(*block.shape[:-1], -1)
             self._tail = self._tail.expand(*block.shape[:-2], -1, -1, -1)
         pieces = block.split(tile_size(block.device) * self._rows.hop, dim=-1)
-        return torch.cat([self._push_tile(piece) for piece in pieces], dim=-1)
+        with self._autocast():
+            return torch.cat([self._push_tile(piece) for piece in pieces], dim=-1)
 
     def _push_tile(self, block: Tensor) -> Tensor:
         rows = self._rows

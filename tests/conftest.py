@@ -358,6 +358,12 @@ def start_training(
 
 
 @pytest.fixture
+def with_bf16(monkeypatch) -> None:
+    """As on a CPU with instructions for bf16; others compute the same, slower."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+
+
+@pytest.fixture
 def error_of(capsys):
     """Runs a command's main; returns its error, after checking how it was reported."""
 

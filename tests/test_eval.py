@@ -177,7 +177,7 @@ def test_four_stems_and_their_accompaniment_are_saved_and_scored(own_corpus, tmp
         np.testing.assert_allclose(saved, estimate.T, atol=1e-6)
     scored = {name: set(read_scores(out / "test" / f"{name}.json")) for name in TEST_NAMES}
     assert scored == {loud: set(expected), quiet: set(expected) - {"bass"}}
-    assert f"  {quiet}: bass (its reference)\n" in (out / "results.txt").read_text()
+    assert f"  {quiet}: bass (its reference is silent)\n" in (out / "results.txt").read_text()
     metrics = json.loads((out / "final_metrics.json").read_text())
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -258,10 +258,11 @@ def test_another_version_alone_scores_nothing_again(results, tmp_path, monkeypat
         (["--method", "full"], "made with method overlap-add, not full"),
         (["--overlap", "0.2"], "made with overlap 0.1, not 0.2"),
         (["--scorer", "museval"], "made with scorer bsseval, not museval"),
+        (["--precision", "bf16"], "made with precision float32, not bf16"),
         (["--float32"], "not saved as FLOAT"),
     ],
 )
-def test_other_settings_score_all_tracks_again(results, flags, reason, tmp_path, capsys):
+def test_other_settings_score_all_tracks_again(results, flags, reason, tmp_path, capsys, with_bf16):
     out, _ = results
     copy = shutil.copytree(out, tmp_path / "out")
     evaluate("--exp_dir", out.parent, "--out_dir", copy, *flags)
@@ -518,11 +519,13 @@ import psutil
 from local import inference
 import eval as evaluation
 separate = inference.separate
-def limited(*args):
+def limited(model, mixture, *args):
+    if mixture.shape[-1] < 50 * model.samplerate:  # oneDNN needs more for its first products
+        return separate(model, mixture, *args)
     least = psutil.Process().memory_info().vms + 4_000_000  # the estimates of 60 s take 7.7 MB
     resource.setrlimit(resource.RLIMIT_AS, (least, resource.RLIM_INFINITY))
     try:
-        return separate(*args)
+        return separate(model, mixture, *args)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 inference.separate = limited

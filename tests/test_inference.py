@@ -23,6 +23,7 @@ import local.inference
 import local.streaming
 import local.tasnet
 from local.inference import separate, separate_blocks
+from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES
 from local.tools.choices import METHODS
 
@@ -328,6 +329,37 @@ def test_loud_and_silent_songs_give_numbers(method):
 def test_gln_of_loud_and_silent_songs(scale):
     model, mixture = random_model({**SMALL, "norm_type": "gLN"}), scale * torch.randn(2, 3000)
     assert_within_rounding(model, mixture, separate(model, mixture, "full"))
+
+
+@pytest.mark.parametrize("method, fast", [*itertools.product(METHODS, ["yes"]), ("full", "no")])
+def test_bf16_is_near_float32_and_float32_is_the_default(method, fast, with_bf16):
+    torch.manual_seed(0)
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    mixture = torch.randn(2, 700)
+    exact, short = (
+        separate(model, mixture, method, 0.3, 0.1, fast=fast, precision=precision)
+        for precision in ("float32", "bf16")
+    )
+    assert exact.dtype == short.dtype == torch.float32
+    assert torch.equal(exact, separate(model, mixture, method, 0.3, 0.1, fast=fast))
+    assert 1e-4 < (short - exact).norm() / exact.norm() < 0.03
+
+
+def test_what_takes_the_pieces_has_its_own_precision(with_bf16):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    for _ in separate_blocks(model, torch.randn(2, 700).split(100, 1), "stream", precision="bf16"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_is_refused_where_the_cpu_has_none(monkeypatch):
+    model = random_model({**SMALL, "causal": True, "norm_type": "cLN"})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    with pytest.raises(ValueError, match="no bf16 instructions in this CPU"):
+        separate(model, torch.randn(2, 100), precision="bf16")
+    with pytest.raises(ValueError, match="no bf16 instructions in this CPU"):
+        StreamingConvTasNet(model, "bf16")
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16"):
+        separate(model, torch.randn(2, 100), precision="bf17")
 
 
 @pytest.mark.parametrize("norm_type, causal", [("gLN", False), ("cLN", True)])

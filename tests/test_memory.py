@@ -23,6 +23,7 @@ def allocate(make) -> Exception:
         (MemoryError(), True),
         (allocate(np.empty), True),
         (allocate(torch.empty), True),
+        (RuntimeError("could not create a primitive"), True),  # of oneDNN, whose kernels take some
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
         (RuntimeError("std::bad_alloc"), True),

@@ -21,6 +21,7 @@ from conftest import (
     write_times,
 )
 
+from local import raw_stream
 from local import separate as command
 from local.checkpoint import load_model
 from local.estimates import save_estimates
@@ -442,6 +443,9 @@ def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
         (song, "--segment", "0.0001", "--overlap", 0): "segment must be at least",
         (song, "--method", "fast"): "invalid choice: 'fast'",
         (song, "--stream", "vocals"): "--stream reads stdin",
+        (song, "--block", 20): "--block needs --stream",
+        ("--stream", "--block", 0): "--block must be above 0",
+        ("--stream", "--block", "nan"): "--block must be above 0",
     }.items():
         assert message in error_of(command.main, *args, *checkpoint), args
     error = error_of(command.main, song, "--checkpoint", checkpoints["mono"])
@@ -514,6 +518,35 @@ def test_a_stream_is_the_whole_forward(target, checkpoints, mixture, stream):
     found = from_bytes(out, channels=len(expected[target]))
     torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
     assert "latency 7 samples (0.4 ms)" in error
+
+
+@pytest.mark.parametrize("block", [1, 10, 10_000])
+def test_a_stream_in_blocks(block, checkpoints, mixture, stream, monkeypatch):
+    pushed = []
+
+    class Stream(StreamingConvTasNet):
+        def push(self, block):
+            pushed.append(block.shape[-1])
+            return super().push(block)
+
+    monkeypatch.setattr(raw_stream, "StreamingConvTasNet", Stream)
+    status, out, error = stream(to_bytes(mixture), "--block", block)
+    assert status == 0
+    samples, time = RATE * block // 1000, mixture.shape[-1]
+    assert f"blocks of {samples} samples" in error
+    assert pushed == [samples] * (time // samples) + [time % samples]
+    expected = streamed(checkpoints["causal"], mixture)[0]
+    torch.testing.assert_close(from_bytes(out), expected, rtol=0, atol=1e-6)
+
+
+def test_falling_behind_is_said_once_a_minute(monkeypatch, capsys):
+    now, pace = [1000.0], raw_stream.Pace()
+    monkeypatch.setattr(raw_stream.time, "monotonic", lambda: now[0])
+    for work, seconds, notes in ((0.9, 50, 0), (1.1, 50, 1), (1.1, 125, 2), (0.9, 99, 0)):
+        for _ in range(seconds):
+            pace.add(work, 1.0)
+            now[0] += 1.0
+        assert capsys.readouterr().err.count("falls behind: 1.10 s of work") == notes
 
 
 def test_a_model_of_four_stems_gives_them_all(checkpoints, mixture, stream, tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from local.musdb18_tracks import SOURCES, TARGETS, UNFIT_FOR_NAMES
+from local.tools.choices import PRECISIONS
 from local.tools.files import atomic_path
 from local.tools.museval_guard import import_museval
 from local.tools.values import find_changed_setting
@@ -28,7 +29,7 @@ METRICS = ("SDR", "SIR", "ISR", "SAR")
 # nesting.
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 # Settings that records of earlier versions do not have.
-DEFAULTS = {"float_references": False, "targets": list(TARGETS)}
+DEFAULTS = {"float_references": False, "targets": list(TARGETS), "precision": PRECISIONS[0]}
 FINAL_METRICS = "final_metrics.json"  # in OUT: medians and means over tracks
 AGGREGATES = {"median": np.nanmedian, "mean": np.nanmean}
 

@@ -26,7 +26,7 @@ from local.fast.layers import (
     prelu,
     prelu_backward_,
 )
-from local.fast.rows import product_dtype, upcast
+from local.fast.packed import product_dtype, upcast
 
 
 class Scratch(NamedTuple):

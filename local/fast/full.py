@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from local.fast.rows import RowBlock, RowModel, product_dtype, tile_size
+from local.fast.packed import product_dtype
+from local.fast.rows import RowBlock, RowModel, tile_size
 from local.tasnet import ConvTasNetStereo
 
 

@@ -9,13 +9,14 @@ Letters in shapes are those of local.tasnet; K is the number of frames in the ti
 
 from __future__ import annotations  # an edited local/tasnet.py need not have these classes
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local import tasnet
+from local.fast.packed import PackedLinear, upcast
 
 
 def tile_size(device: torch.device) -> int:
@@ -31,29 +32,19 @@ def encode(model: tasnet.ConvTasNetStereo, mixture: Tensor) -> Tensor:
 
 def embed(model: tasnet.ConvTasNetStereo, weights: Tensor) -> Tensor:
     """(..., K, N) -> residual (..., K, B), the input of the first block."""
-    return Projection(*model.separator.network[:2])(weights)
+    norm, conv = model.separator.network[:2]
+    return F.linear(local_norm(norm)(weights), conv.weight[:, :, 0])
 
 
 def decode(model: tasnet.ConvTasNetStereo, weights: Tensor, residual: Tensor) -> Tensor:
     """(..., K, N), (..., K, B) -> estimates (..., C, audio_channels, (K - 1) * hop + L)."""
-    scores = F.linear(residual, model.separator.network[-1].weight[:, :, 0])
+    scores = F.linear(residual, model.separator.network[-1].weight[:, :, 0]).to(weights.dtype)
     scores = scores.unflatten(-1, (model.C, -1))
     softmax = model.separator.mask_nonlinear == "softmax"
     masks = scores.softmax(-2) if softmax else scores.relu_()
     signals = F.linear(weights.unsqueeze(-2) * masks, model.decoder.basis_signals.weight)
     signals = upcast(signals).unflatten(-1, (model.audio_channels, model.decoder.length))
     return tasnet.overlap_and_add(signals.movedim(-4, -2), model.decoder.hop)
-
-
-def product_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of products with `like`: that of autocast if enabled, else its own."""
-    device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-
-
-def upcast(rows: Tensor) -> Tensor:
-    """To float32 at least: under autocast, products have a shorter type."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 class RowModel:
@@ -78,7 +69,7 @@ class RowModel:
         return max(0, (time - self.length) // self.hop + 1)
 
     def encode(self, mixture: Tensor) -> Tensor:
-        return encode(self._model, mixture)
+        return upcast(encode(self._model, mixture))
 
     def decode(self, weights: Tensor, residual: Tensor) -> Tensor:
         return decode(self._model, weights, residual)
@@ -94,7 +85,7 @@ class RowBlock:
         expand, activation_in, norm_in, separable = block.net
         depthwise, *_, activation_out, norm_out, project = separable.net
         is_global = isinstance(norm_in, tasnet.GlobalLayerNorm)
-        self._expand = expand.weight[:, :, 0]
+        self._expand = PackedLinear(expand.weight[:, :, 0])
         self._slope_in, self._slope_out = activation_in.weight.item(), activation_out.weight.item()
         self._norm = GlobalNorm(norm_in) if is_global else LocalNorm(norm_in)
         self.depthwise = RowDepthwise(depthwise)
@@ -102,8 +93,7 @@ class RowBlock:
 
     def expand(self, residual: Tensor) -> Tensor:
         """(..., K, B) -> hidden (..., K, H)."""
-        hidden = F.linear(residual, self._expand).to(residual.dtype)
-        return self._norm.observe(F.leaky_relu_(hidden, self._slope_in))
+        return self._norm.observe(self._expand(residual, self._slope_in))
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., K, H) -> update (..., K', B) of the next K' frames.
@@ -125,7 +115,11 @@ class RowBlock:
 
 
 class RowDepthwise:
-    """A dilated depthwise convolution. Its state, `context`, is the input of the next frames."""
+    """A dilated depthwise convolution. Its state is the input of the next frames.
+
+    New rows are written behind the state. At the end of the buffer the state moves to its front,
+    which is seldom: the buffer has room for the state twice, and for the most rows so far.
+    """
 
     def __init__(self, conv: nn.Conv1d):
         self._taps = conv.weight[:, 0].t().contiguous()  # (P, H)
@@ -133,25 +127,47 @@ class RowDepthwise:
         self._reach = (len(self._taps) - 1) * self._dilation
         self.reset()
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
     def reset(self) -> None:
-        self.context = self._taps.new_zeros(self._before, self._taps.shape[1])
+        self._buffer = None
+        self._start, self._end = 0, self._before  # of the state
 
     def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
         """(..., K, H), not yet normalised by `norm` -> (..., K', H)."""
-        *batch, frames, channels = rows.shape
-        size = self.context.shape[-2]
-        window = self._taps.new_empty(*batch, size + frames, channels)
-        window[..., :size, :] = self.context
-        norm.write(rows, window[..., size:, :])
-        return self._convolve(window)
+        *batch, frames, _ = rows.shape
+        norm.write(rows, self._append(batch, frames))
+        return self._convolve()
 
     def finish(self) -> Tensor:
         """The output for the zeros after the last frame."""
-        return self._convolve(F.pad(self.context, (0, 0, 0, self._reach - self._before)))
+        self._append(self._buffer.shape[:-2], self._reach - self._before).zero_()
+        return self._convolve()
 
-    def _convolve(self, window: Tensor) -> Tensor:
+    def _append(self, batch: Sequence[int], frames: int) -> Tensor:
+        """Room for more rows behind the state."""
+        room = 2 * self._reach + frames
+        if self._buffer is None:
+            self._buffer = self._taps.new_zeros(*batch, room, self._taps.shape[1])
+        elif self._end + frames > self._buffer.shape[-2]:
+            state = self._state()
+            if room > self._buffer.shape[-2]:
+                self._buffer = self._taps.new_empty(*batch, room, self._taps.shape[1])
+            self._start, self._end = 0, state.shape[-2]
+            self._state().copy_(state)
+        self._end += frames
+        return self._buffer[..., self._end - frames : self._end, :]
+
+    def _state(self) -> Tensor:
+        return self._buffer[..., self._start : self._end, :]
+
+    def _convolve(self) -> Tensor:
+        """Takes all rows but those that the next frames need, too."""
+        window = self._state()
         frames = max(0, window.shape[-2] - self._reach)
-        self.context = window[..., frames:, :].clone()
+        self._start += frames
         mixed = window[..., :frames, :] * self._taps[0]
         for p, tap in enumerate(self._taps[1:], start=1):
             mixed.addcmul_(window[..., p * self._dilation :, :][..., :frames, :], tap)
@@ -219,10 +235,10 @@ class Projection:
     """A local norm, then a 1x1 convolution."""
 
     def __init__(self, norm: nn.Module, conv: nn.Conv1d):
-        self._norm, self._weight = local_norm(norm), conv.weight[:, :, 0]
+        self._norm, self._linear = local_norm(norm), PackedLinear(conv.weight[:, :, 0])
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return F.linear(self._norm(rows), self._weight)
+        return self._linear(self._norm(rows))
 
     def add_to(self, residual: Tensor, update: Tensor) -> None:
         residual.add_(update)
@@ -237,11 +253,12 @@ class GlobalProjection:
 
     def __init__(self, norm: tasnet.GlobalLayerNorm, conv: nn.Conv1d):
         self._norm, weight = GlobalNorm(norm), conv.weight[:, :, 0]
-        self._weight = weight * self._norm.gamma
-        self._of_beta, self._of_gamma = weight @ self._norm.beta, self._weight.sum(-1)
+        scaled = weight * self._norm.gamma
+        self._linear = PackedLinear(scaled)
+        self._of_beta, self._of_gamma = weight @ self._norm.beta, scaled.sum(-1)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return F.linear(self._norm.observe(rows), self._weight)
+        return self._linear(self._norm.observe(rows))
 
     def add_to(self, residual: Tensor, update: Tensor) -> None:
         mean, scale = self._norm.moments()

@@ -23,8 +23,9 @@ from local.fast.block import (
     Scratch,
 )
 from local.fast.layers import Moments
+from local.fast.packed import upcast
 from local.fast.recompute import keep_buffers
-from local.fast.rows import decode, embed, encode, upcast
+from local.fast.rows import decode, embed, encode
 from local.tools.choices import MEMORY
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from local import __version__
+from local.tools.choices import PRECISIONS
 from local.tools.command_line import UserError
 from local.tools.files import atomic_path, sha256
 from local.tools.values import find_changed_setting
@@ -48,7 +49,8 @@ def find_fault(folder: Path, wanted: dict) -> str:
     try:
         found = yaml.safe_load((folder / NAME).read_text(encoding="utf-8"))
         is_same_song = found["song"] == wanted["song"]
-        change = find_changed_setting(found["made_with"], wanted["made_with"])
+        before = {"precision": PRECISIONS[0], **found["made_with"]}  # earlier versions had no other
+        change = find_changed_setting(before, wanted["made_with"])
         form, damage = found["format"], found["damage"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
         return f"estimates, but no record of what made them ({NAME})"

@@ -8,6 +8,8 @@ SEGMENT = 6.0  # seconds of a segment
 OVERLAP = 0.1  # seconds of the crossfade between segments
 # Whether to use local/fast: where it equals the model; always, or fail; never.
 FAST = ("auto", "yes", "no")
+# Of the products when a track is separated; on a GPU bf16 is autocast's.
+PRECISIONS = ("float32", "bf16")
 # How much of the forward pass the backward pass recomputes: see local/fast/recompute.py.
 MEMORY = ("none", "some", "most")
 SCORERS = ("bsseval", "museval")
@@ -18,7 +20,7 @@ MISSING_STEMS = ("error", "silent")
 
 
 def add_method_flags(parser: ArgumentParser) -> None:
-    """Add --method, --segment, --overlap and --fast."""
+    """Add --method, --segment, --overlap, --fast and --precision."""
     add = parser.add_argument
     add("--method", choices=METHODS, default=METHODS[0], help="how to separate [%(default)s]")
     add("--segment", type=float, default=SEGMENT, help="of overlap-add, in seconds [%(default)s]")
@@ -29,6 +31,12 @@ def add_method_flags(parser: ArgumentParser) -> None:
         default=FAST[0],
         help="the fast path of local/fast: auto, where it equals the model; yes, or stop; no, the"
         " model itself [%(default)s]",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of the products: bf16 is faster on GPUs, and CPUs that have it [%(default)s]",
     )
 
 

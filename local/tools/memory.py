@@ -23,7 +23,7 @@ CGROUP_FILES = {
 # By torch, cuBLAS and cuDNN, C++, the C library, and its loader.
 MESSAGES = re.compile(
     "out of memory|not enough memory|can't allocate memory|Cannot allocate memory|ALLOC_FAILED"
-    "|bad_alloc|failed to map segment from shared object$"
+    "|bad_alloc|failed to map segment from shared object$|could not (create|execute) a primitive"
 )
 
 

@@ -4,12 +4,16 @@ tests/test_private.py tests what each use relies on: after an upgrade, run it fi
 """
 
 import signal
+from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in HOOKS)
+PACKED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+ROWS = 32  # for which oneDNN chooses the layout; for others it is almost as good
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -21,6 +25,30 @@ def has_hooks(module: nn.Module) -> bool:
     """
     own = any(getattr(module, hooks) for hooks in HOOKS)
     return own or any(getattr(torch_module, hooks) for hooks in GLOBAL_HOOKS)
+
+
+def list_packable() -> tuple[torch.dtype, ...]:
+    """The dtypes of weights that `pack_weight` takes here."""
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not all(
+        map(partial(hasattr, operators), PACKED)
+    ):
+        return ()
+    return (torch.float32, *([torch.bfloat16] if operators._is_mkldnn_bf16_supported() else []))
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight (out, in) on the CPU in the layout of oneDNN, for `multiply_packed`.
+
+    torch.compile does so to the weights of a frozen model: eager code has no public way to it.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+
+def multiply_packed(rows: Tensor, packed: Tensor, slope: float) -> Tensor:
+    """leaky_relu(rows (..., in) @ weight.T, slope), of the dtype of both."""
+    activation = ("none", []) if slope == 1 else ("leaky_relu", [slope])
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, *activation, "")
 
 
 def end_with_sigterm_as_with_ctrl_c(trainer) -> None:
