@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from local.fast.equal import find_difference
-from local.fast.packed import autocast_to, find_precision_fault
+from local.fast.packed import autocast_to, find_precision_fault, upcast
 from local.fast.rows import RowModel, tile_size
 from local.tasnet import ConvTasNetStereo
 from local.tools.choices import PRECISIONS
@@ -103,7 +103,7 @@ class StreamingConvTasNet:
         if done == 0:
             return self._tail[..., :0]
         weights = rows.encode(samples)
-        residual = rows.bottleneck(weights)
+        residual = upcast(rows.bottleneck(weights))
         for layer in rows.blocks:
             layer.add_to(residual, layer.project(layer.expand(residual)))
         estimates = rows.decode(weights, residual)

@@ -19,7 +19,7 @@ def assert_product(linear: PackedLinear, rows, weight, slope, dtype):
     found = linear(rows, slope)
     exact = [x.to(dtype).double() for x in (rows, weight)]
     expected = F.leaky_relu(F.linear(*exact), slope)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.dtype == dtype
     limit = ROUNDING[dtype] * F.linear(*(x.abs() for x in exact)) * max(1, abs(slope))
     assert ((found - expected).abs() <= limit).all()
 

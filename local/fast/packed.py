@@ -82,9 +82,9 @@ class PackedLinear:
         return self._packed is not None
 
     def __call__(self, rows: Tensor, slope: float = 1.0) -> Tensor:
-        """(..., K, in) -> (..., K, out), float32 at least; values below zero times `slope`."""
+        """(..., K, in) -> (..., K, out) of `product_dtype`; values below zero times `slope`."""
         rows = rows.to(self._weight.dtype)
-        if self.is_packed and rows.numel():
-            return upcast(multiply_packed(rows, self._packed, slope))
-        product = upcast(F.linear(rows, self._weight))
+        if self._packed is not None and rows.numel():
+            return multiply_packed(rows, self._packed, slope)
+        product = F.linear(rows, self._weight)
         return product if slope == 1 else F.leaky_relu_(product, slope)

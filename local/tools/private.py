@@ -48,7 +48,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 def multiply_packed(rows: Tensor, packed: Tensor, slope: float) -> Tensor:
     """leaky_relu(rows (..., in) @ weight.T, slope), of the dtype of both."""
     activation = ("none", []) if slope == 1 else ("leaky_relu", [slope])
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, *activation, "")
+    return torch.ops.mkldnn._linear_pointwise.default(rows, packed, None, *activation, "")
 
 
 def end_with_sigterm_as_with_ctrl_c(trainer) -> None:
