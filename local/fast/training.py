@@ -100,16 +100,26 @@ class TrainingForward:
 
     def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
         norm_type, saves_all = self._model.norm_type, self._memory == "none"
+        passes, update = self._choose_passes(residual), None
         for block in repeat:
             shape, weights = BlockShape.of(block, norm_type), BlockWeights.of(block)
-            residual, *moments = BlockFunction.apply(
-                self._passes, saves_all, scratch, shape, residual, *weights
+            residual, update, *moments = BlockFunction.apply(
+                passes, saves_all, scratch, shape, residual, update, *weights
             )
             if norm_type == "BN":
                 moments, frames = BlockMoments(*moments), residual.shape[0] * residual.shape[1]
                 _update_statistics(block.net[2], moments.before(), frames)
                 _update_statistics(block.net[3].net[-2], moments.after(), frames)
-        return residual
+        return residual + update
+
+    def _choose_passes(self, residual: Tensor) -> BlockPasses:
+        """On a GPU, kernels of our own where there are any, which a compiler does not equal."""
+        norm_type = self._model.norm_type
+        if self._compiled and residual.is_cuda and norm_type in ("gLN", "cLN"):
+            from local.fast import gpu  # needs Triton, as torch.compile does there
+
+            return gpu.PASSES
+        return self._passes
 
 
 def allow_tf32_products() -> None:
