@@ -28,7 +28,7 @@ from local.checkpoint import load_model
 from local.fast.choose import find_compiler_fault
 from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
-from local.fast.training import TrainingForward
+from local.fast.training import WITH_KERNELS, TrainingForward
 from local.inference import count_windows, separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
@@ -76,13 +76,33 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 LOSS_SCALE = 1024.0  # as a GradScaler would, or small gradients vanish in fp16
 
 
-def take_step(model, batch, device, memory=None, compiled=False, autocast=None) -> dict:
-    """Estimates, gradients and buffers after a step of the plain forward, or of the one for
-    training, with a copy of the model on a device.
+class KernelForward(TrainingForward):
+    """With the kernels and without a compiler, which would take long for each model."""
+
+    def _choose_passes(self, residual):
+        from local.fast import gpu
+
+        return gpu.PASSES
+
+
+FORWARDS = {"plain": TrainingForward, "kernels": KernelForward}
+FORWARDS["compiled"] = functools.partial(TrainingForward, compiled=True)
+BY_FORWARD = [
+    pytest.param(norm_type, name, id=f"{norm_type}-{name}")
+    for name, norm_types in (("plain", NORM_TYPES), ("kernels", WITH_KERNELS))
+    for norm_type in norm_types
+]
+
+
+def take_step(model, batch, device, memory=None, forward="plain", autocast=None) -> dict:
+    """Estimates, gradients and buffers after a step of the plain model, or with `memory` of one of
+    FORWARDS, with a copy of the model on a device.
     """
+    if forward != "plain" and not find_spec("triton"):
+        pytest.skip("Triton is not installed")
     model = copy.deepcopy(model).to(device).train()
     mixture, targets = (tensor.to(device) for tensor in batch)
-    separate_batch = TrainingForward(model, memory, compiled) if memory else model
+    separate_batch = FORWARDS[forward](model, memory) if memory else model
     with torch.autocast(device, autocast, enabled=autocast is not None):
         estimates = separate_batch(mixture)
         loss = LOSS_SCALE * F.l1_loss(estimates, targets)
@@ -139,10 +159,10 @@ def assert_steps_agree(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("causal", DIRECTIONS)
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_a_step_in_float32_is_that_of_the_cpu(norm_type, causal, memory):
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_a_step_in_float32_is_that_of_the_cpu(norm_type, forward, causal, memory):
     model, pairs = small_steps(norm_type, causal)
-    found = [take_step(model, batch, DEVICE, memory) for batch, _ in pairs]
+    found = [take_step(model, batch, DEVICE, memory, forward) for batch, _ in pairs]
     assert_steps_agree(found, [expected for _, expected in pairs])
 
 
@@ -182,22 +202,25 @@ def test_an_edited_model_trains_on_a_gpu_as_edited(memory):
 
 
 @pytest.mark.usefixtures("finish")  # the runs below are under way while this compiles
-def test_a_compiled_step_is_that_of_the_cpu():
+@pytest.mark.parametrize("norm_type", ["gLN", "BN"])  # with kernels, and with none
+def test_a_compiled_step_is_that_of_the_cpu(norm_type):
     if fault := find_compiler_fault(torch.device(DEVICE)):
         pytest.skip(f"torch.compile does not work here: {fault}")
-    model, pairs = small_steps("gLN", False, X=1, R=1)
-    found = [take_step(model, batch, DEVICE, "some", compiled=True) for batch, _ in pairs]
+    model, pairs = small_steps(norm_type, False, X=1, R=1)
+    found = [take_step(model, batch, DEVICE, "some", "compiled") for batch, _ in pairs]
     assert_steps_agree(found, [expected for _, expected in pairs])
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(norm_type, dtype, memory):
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(
+    norm_type, forward, dtype, memory
+):
     # In few frames a handful of signs, on which rounding decides, would make all the difference.
     model, batch, expected = large_step(norm_type, norm_type == "cLN")
     plain = take_step(model, batch, DEVICE, autocast=dtype)
-    found = take_step(model, batch, DEVICE, memory, autocast=dtype)
+    found = take_step(model, batch, DEVICE, memory, forward, dtype)
     assert found["estimates"].dtype == torch.float32
     for name in ("estimates", "gradients"):
         # Below the first limit it was not autocast's dtype that was computed in.

@@ -17,13 +17,12 @@ from local.fast import block, kernels
 from local.fast.block import BlockMoments, BlockPasses, BlockShape, BlockWeights, Scratch
 from local.fast.layers import Moments
 
-NORM_TYPES = ("gLN", "cLN")
-
 # Sizes are fixed: to try several would cost more at the first step than it gives.
 WARPS = 4  # of a program, with 32 threads each
 BYTES = 16  # of a tensor that a thread reads at once
 CHANNELS = 128  # of a program, or all where the norm averages over them
 FRAMES = 64  # of a program: with fewer there are many sums to add, with more few programs
+STAGES = 1  # steps whose reads are under way at a time
 PARTS = 1024  # that a program joins in a step
 
 
@@ -42,7 +41,9 @@ class Half(NamedTuple):
 
     @classmethod
     def second(cls, w: BlockWeights, shape: BlockShape) -> Half:
-        return cls(w.slope_out, w.gamma_out, w.beta_out, None, shape._replace(dilation=0, padding=0))
+        return cls(
+            w.slope_out, w.gamma_out, w.beta_out, None, shape._replace(dilation=0, padding=0)
+        )
 
     def count_taps(self) -> int:
         return 1 if self.taps is None else self.taps.shape[1]
@@ -65,7 +66,7 @@ class Tiling(NamedTuple):
         sizes["STEPS"] = max(1, FRAMES // sizes["ROWS"])
         frames = sizes["ROWS"] * sizes["STEPS"]
         grid = triton.cdiv(H, channels), triton.cdiv(K, frames), M
-        return cls(grid, dict(sizes, H=H, BY_ROW=by_row, num_warps=WARPS))
+        return cls(grid, dict(sizes, STAGES=STAGES, H=H, BY_ROW=by_row, num_warps=WARPS))
 
 
 class Measurement:

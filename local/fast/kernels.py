@@ -37,7 +37,7 @@ def _load_taps(taps, p: tl.constexpr, channels, H: tl.constexpr, P: tl.constexpr
     """(1, CHANNELS) of tap p, or 1 without taps."""
     if taps is None:
         return 1.0
-    else:  # noqa: RET505 (the compiler reads on after a return without it)
+    else:  # without it the compiler reads on
         return tl.load(taps + channels * P + p, mask=channels < H, other=0.0)[None, :]
 
 
@@ -58,35 +58,33 @@ def _store_rows(values, found, rows, channels, frames, H: tl.constexpr):
 
 @triton.jit
 def _load_moments(mean, scale, rows, frames, BY_ROW: tl.constexpr):
-    """(ROWS, 1) each, with zeros outside, so that zeros stay zeros when they are normalised."""
-    inside = (rows >= 0) & (rows < frames)
+    """Scale and offset that normalise: (ROWS, 1), with zeros outside of the item, or the item's."""
     if BY_ROW:
-        row_mean = tl.load(mean + rows, mask=inside, other=0.0)
-        row_scale = tl.load(scale + rows, mask=inside, other=0.0)
-    else:  # the moments themselves
-        row_mean = tl.where(inside, mean, 0.0)
-        row_scale = tl.where(inside, scale, 0.0)
-    return row_mean[:, None], row_scale[:, None]
+        inside = (rows >= 0) & (rows < frames)
+        mean = tl.load(mean + rows, mask=inside, other=0.0)[:, None]
+        scale = tl.load(scale + rows, mask=inside, other=0.0)[:, None]
+    return scale, -mean * scale
 
 
 # Moments
 
 
 @triton.jit
-def _observe(active, step, rows, channels, frames, mean, squares, H: tl.constexpr):
+def _observe(active, step, rows, frames, mean, squares):
     """Adds the values of a step to the mean and the squared deviations of each place in a tile.
 
     After B. P. Welford, "Note on a method for calculating corrected sums of squares and products",
     1962: sums of the squares themselves would cancel.
     """
-    inside = (rows < frames)[:, None] & (channels < H)[None, :]
-    deviation = tl.where(inside, active - mean, 0.0)
-    mean += deviation * (1.0 / (step + 1))
-    return mean, squares + deviation * (active - mean)
+    weight = tl.where(rows < frames, 1.0 / (step + 1), 0.0)[:, None]
+    deviation = active - mean
+    return mean + deviation * weight, squares + deviation * (deviation * (weight * step))
 
 
 @triton.jit
-def _store_part(parts, first, channels, frames, mean, squares, H: tl.constexpr, STEPS: tl.constexpr):
+def _store_part(
+    parts, first, channels, frames, mean, squares, H: tl.constexpr, STEPS: tl.constexpr
+):
     """Joins the places of a tile, and stores count, mean and squared deviations of the program."""
     ROWS: tl.constexpr = mean.shape[0]
     steps = tl.minimum(tl.maximum((frames - first + ROWS - 1) // ROWS, 0), STEPS)
@@ -96,10 +94,10 @@ def _store_part(parts, first, channels, frames, mean, squares, H: tl.constexpr, 
     deviation = mean - joint_mean
     joint_squares = tl.sum(tl.where(counts > 0, squares + counts * deviation * deviation, 0.0))
     part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    part = part * tl.num_programs(0) + tl.program_id(0)
-    tl.store(parts + part * 3, count)
-    tl.store(parts + part * 3 + 1, joint_mean)
-    tl.store(parts + part * 3 + 2, joint_squares)
+    parts += (part * tl.num_programs(0) + tl.program_id(0)) * 3
+    tl.store(parts, count)
+    tl.store(parts + 1, joint_mean)
+    tl.store(parts + 2, joint_squares)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -110,21 +108,19 @@ def combine(parts, mean, scale, parts_per_item, EPS: tl.constexpr, SIZE: tl.cons
     computing sample variances", 1979.
     """
     item = tl.program_id(0)
-    start = item * parts_per_item
+    parts += item * parts_per_item * 3
     count = tl.zeros((SIZE,), tl.float64)
-    total = tl.zeros((SIZE,), tl.float64)
+    total = count
     for first in range(0, parts_per_item, SIZE):
         part = first + tl.arange(0, SIZE)
-        at, inside = parts + (start + part) * 3, part < parts_per_item
+        at, inside = parts + part * 3, part < parts_per_item
         number = tl.load(at, mask=inside, other=0.0).to(tl.float64)
-        count += number
-        total += number * tl.load(at + 1, mask=inside, other=0.0)
-    joint_count = tl.sum(count)
+        count, total = count + number, total + number * tl.load(at + 1, mask=inside, other=0.0)
+    joint_count, squares = tl.sum(count), tl.zeros((SIZE,), tl.float64)
     joint_mean = tl.sum(total) / joint_count
-    squares = tl.zeros((SIZE,), tl.float64)
     for first in range(0, parts_per_item, SIZE):
         part = first + tl.arange(0, SIZE)
-        at, inside = parts + (start + part) * 3, part < parts_per_item
+        at, inside = parts + part * 3, part < parts_per_item
         number = tl.load(at, mask=inside, other=0.0).to(tl.float64)
         deviation = tl.load(at + 1, mask=inside, other=0.0) - joint_mean
         squares += tl.load(at + 2, mask=inside, other=0.0) + number * deviation * deviation
@@ -147,7 +143,7 @@ def _store_row_moments(
 def measure(
     source, slope, mean, scale, parts, frames,
     H: tl.constexpr, EPS: tl.constexpr, BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The moments of prelu(source): those of the rows, or parts of those of the items."""
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -155,14 +151,14 @@ def measure(
     start = tl.program_id(2).to(tl.int64) * frames
     slope = tl.load(slope)
     average = tl.zeros((ROWS, CHANNELS), tl.float32)
-    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(STEPS):
+    squares = average
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS
         active = _prelu(_load_rows(source + start * H, rows, channels, frames, H), slope)
         if BY_ROW:
             _store_row_moments(active, mean + start, scale + start, rows, channels, frames, H, EPS)
         else:
-            average, squares = _observe(active, step, rows, channels, frames, average, squares, H)
+            average, squares = _observe(active, step, rows, frames, average, squares)
     if not BY_ROW:
         _store_part(parts, first, channels, frames, average, squares, H, STEPS)
 
@@ -175,7 +171,7 @@ def transform(
     source, slope, gamma, beta, mean, scale, taps, out,
     next_slope, next_mean, next_scale, parts, frames, dilation, padding,
     H: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr, BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = depthwise(norm(prelu(source))), or norm(prelu(source)) without taps.
 
@@ -186,27 +182,31 @@ def transform(
     start = tl.program_id(2).to(tl.int64) * frames
     slope = tl.load(slope)
     gamma, beta = _load_channels(gamma, channels, H), _load_channels(beta, channels, H)
+    if BY_ROW:
+        mean, scale = mean + start, scale + start
+    else:  # the norm is one line for all rows
+        mean, scale = tl.load(mean + tl.program_id(2)), tl.load(scale + tl.program_id(2))
+        gamma = gamma * scale
+        beta = beta - gamma * mean
     gains, shifts = (), ()
     for p in tl.static_range(P):
         tap = _load_taps(taps, p, channels, H, P)
         gains, shifts = gains + (tap * gamma,), shifts + (tap * beta,)
-    if BY_ROW:
-        mean, scale = mean + start, scale + start
-    else:
-        mean, scale = tl.load(mean + tl.program_id(2)), tl.load(scale + tl.program_id(2))
     if next_slope is not None:
         next_slope = tl.load(next_slope)
     average = tl.zeros((ROWS, CHANNELS), tl.float32)
-    squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(STEPS):
+    squares = average
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS
         found = tl.zeros((ROWS, CHANNELS), tl.float32)
         for p in tl.static_range(P):
             read = rows + (p * dilation - padding)
             active = _prelu(_load_rows(source + start * H, read, channels, frames, H), slope)
-            row_mean, row_scale = _load_moments(mean, scale, read, frames, BY_ROW)
-            inside = ((read >= 0) & (read < frames)).to(tl.float32)[:, None]
-            found += (active - row_mean) * row_scale * gains[p] + inside * shifts[p]
+            if BY_ROW:
+                row_scale, row_offset = _load_moments(mean, scale, read, frames, BY_ROW)
+                active = active * row_scale + row_offset
+            found += active * gains[p]
+            found += ((read >= 0) & (read < frames)).to(tl.float32)[:, None] * shifts[p]
         rounded = found.to(out.dtype.element_ty)
         _store_rows(out + start * H, rounded, rows, channels, frames, H)
         if next_slope is not None:
@@ -216,9 +216,7 @@ def transform(
                     active, next_mean + start, next_scale + start, rows, channels, frames, H, EPS
                 )
             else:
-                average, squares = _observe(
-                    active, step, rows, channels, frames, average, squares, H
-                )
+                average, squares = _observe(active, step, rows, frames, average, squares)
     if next_slope is not None and not BY_ROW:
         _store_part(parts, first, channels, frames, average, squares, H, STEPS)
 
@@ -228,7 +226,7 @@ def differentiate(
     grad, source, slope, gamma, mean, scale, taps, averages, out, sums, slope_sums,
     frames, dilation, padding,
     H: tl.constexpr, P: tl.constexpr, BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of `transform`, from that of its output.
 
@@ -246,7 +244,8 @@ def differentiate(
     start = tl.program_id(2).to(tl.int64) * frames
     slope, gamma = tl.load(slope), _load_channels(gamma, channels, H)
     zeros = tl.zeros((ROWS, CHANNELS), tl.float32)
-    gains, totals, products, slope_sum = (), (), (), zeros
+    slope_sum = zeros
+    gains, totals, products = (), (), ()
     for p in tl.static_range(P):
         gains += (_load_taps(taps, p, channels, H, P) * gamma,)
         totals, products = totals + (zeros,), products + (zeros,)
@@ -257,11 +256,11 @@ def differentiate(
         if out is not None:
             mean_grad = tl.load(averages + tl.program_id(2) * 2)
             mean_product = tl.load(averages + tl.program_id(2) * 2 + 1)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * ROWS
         values = _load_rows(source + start * H, rows, channels, frames, H)
-        row_mean, row_scale = _load_moments(mean, scale, rows, frames, BY_ROW)
-        normed = (_prelu(values, slope) - row_mean) * row_scale
+        row_scale, row_offset = _load_moments(mean, scale, rows, frames, BY_ROW)
+        normed = _prelu(values, slope) * row_scale + row_offset
         found, new_totals, new_products = zeros, (), ()
         for p in tl.static_range(P):
             read = tl.where(rows < frames, rows - (p * dilation - padding), -1)
@@ -276,11 +275,11 @@ def differentiate(
             if BY_ROW:
                 mean_grad = (tl.sum(found, axis=1) / H)[:, None]
                 mean_product = (tl.sum(found * normed, axis=1) / H)[:, None]
-            found = (found - mean_grad - normed * mean_product) * row_scale
-            slope_sum += tl.where(values > 0, 0.0, found * values)
+            found = found * row_scale - mean_grad * row_scale
+            found -= normed * (mean_product * row_scale)
+            slope_sum += found * tl.minimum(values, 0.0)
             found = tl.where(values > 0, found, found * slope)
-            rounded = found.to(out.dtype.element_ty)
-            _store_rows(out + start * H, rounded, rows, channels, frames, H)
+            _store_rows(out + start * H, found.to(out.dtype.element_ty), rows, channels, frames, H)
     if sums is not None:
         sums += tile.to(tl.int64) * (2 * P * H) + channels
         for p in tl.static_range(P):

@@ -28,6 +28,8 @@ from local.fast.recompute import keep_buffers
 from local.fast.rows import decode, embed, encode
 from local.tools.choices import MEMORY
 
+WITH_KERNELS = ("gLN", "cLN")  # the norms for which local/fast/gpu.py has kernels
+
 
 class TrainingForward:
     """What `model` computes in training mode, up to rounding, with the same gradients.
@@ -40,8 +42,9 @@ class TrainingForward:
         memory: how much the backward pass recomputes. "none": only what lies between the products,
             so that a block saves three tensors; "some": everything but the input of each block;
             "most": everything but the input of each repeat.
-        compiled: let torch.compile fuse what lies between the products; the first step then takes a
-            minute or so.
+        compiled: fuse what lies between the products: on a GPU with gLN or cLN by the kernels of
+            local/fast/kernels.py, else by torch.compile, which also fuses the two ends of the
+            model. The first step then takes up to a minute.
 
     Raises:
         ValueError: `memory` is none of MEMORY.
@@ -69,8 +72,9 @@ class TrainingForward:
             return self._model(mixture)  # frozen statistics of BN have no fast forward
         weights, residual = self._start(self._model, mixture)
         scratch = self._make_scratch(residual)
-        for repeat in self._model.separator.network[2]:
-            residual = self._run(repeat, residual, scratch)
+        with torch.cuda.device_of(residual):  # Triton takes the current device
+            for repeat in self._model.separator.network[2]:
+                residual = self._run(repeat, residual, scratch)
         estimates = self._end(self._model, weights, residual)
         return F.pad(estimates, (0, mixture.shape[-1] - estimates.shape[-1]))
 
@@ -113,13 +117,12 @@ class TrainingForward:
         return residual + update
 
     def _choose_passes(self, residual: Tensor) -> BlockPasses:
-        """On a GPU, kernels of our own where there are any, which a compiler does not equal."""
-        norm_type = self._model.norm_type
-        if self._compiled and residual.is_cuda and norm_type in ("gLN", "cLN"):
-            from local.fast import gpu  # needs Triton, as torch.compile does there
+        has_kernels = self._model.norm_type in WITH_KERNELS and residual.dtype == torch.float32
+        if not (self._compiled and residual.is_cuda and has_kernels):
+            return self._passes
+        from local.fast import gpu  # needs Triton, as torch.compile does there
 
-            return gpu.PASSES
-        return self._passes
+        return gpu.PASSES
 
 
 def allow_tf32_products() -> None:
