@@ -41,9 +41,8 @@ class Half(NamedTuple):
 
     @classmethod
     def second(cls, w: BlockWeights, shape: BlockShape) -> Half:
-        return cls(
-            w.slope_out, w.gamma_out, w.beta_out, None, shape._replace(dilation=0, padding=0)
-        )
+        in_place = BlockShape(shape.norm_type, dilation=0, padding=0)
+        return cls(w.slope_out, w.gamma_out, w.beta_out, None, in_place)
 
     def count_taps(self) -> int:
         return 1 if self.taps is None else self.taps.shape[1]
