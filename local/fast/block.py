@@ -228,6 +228,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, passes, saves_all, scratch, shape, residual, update, *weights):
         ctx.passes, ctx.scratch, ctx.shape = passes, scratch, shape
+        ctx.set_materialize_grads(False)  # the moments have none, and zeros would be filled in
         weights = BlockWeights(*weights)
         with torch.autocast(residual.device.type, enabled=False):
             residual, inputs = passes.add(residual, update, weights.expand.dtype)

@@ -5,6 +5,7 @@ Letters in shapes are those of local.tasnet, and P is the number of taps.
 
 from __future__ import annotations  # an edited local/tasnet.py need not have these classes
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -56,16 +57,21 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, norm_type: str) -> Tiling:
-        M, K, H = rows.shape
-        by_row, channels = norm_type == "cLN", triton.next_power_of_2(H)
-        if not by_row:
-            channels = min(channels, CHANNELS)
-        values = WARPS * 32 * BYTES // rows.element_size()
-        sizes = dict(ROWS=max(1, values // channels), CHANNELS=channels)
-        sizes["STEPS"] = max(1, FRAMES // sizes["ROWS"])
-        frames = sizes["ROWS"] * sizes["STEPS"]
-        grid = triton.cdiv(H, channels), triton.cdiv(K, frames), M
-        return cls(grid, dict(sizes, STAGES=STAGES, H=H, BY_ROW=by_row, num_warps=WARPS))
+        return _tile(rows.shape, rows.element_size(), norm_type)
+
+
+@functools.cache  # a step asks some hundred times
+def _tile(shape: torch.Size, value_bytes: int, norm_type: str) -> Tiling:
+    M, K, H = shape
+    by_row, channels = norm_type == "cLN", triton.next_power_of_2(H)
+    if not by_row:
+        channels = min(channels, CHANNELS)
+    values = WARPS * 32 * BYTES // value_bytes
+    sizes = dict(ROWS=max(1, values // channels), CHANNELS=channels)
+    sizes["STEPS"] = max(1, FRAMES // sizes["ROWS"])
+    frames = sizes["ROWS"] * sizes["STEPS"]
+    grid = triton.cdiv(H, channels), triton.cdiv(K, frames), M
+    return Tiling(grid, dict(sizes, STAGES=STAGES, H=H, BY_ROW=by_row, num_warps=WARPS))
 
 
 class Measurement:
@@ -130,7 +136,9 @@ def transform(
 def differentiate(
     grad: Tensor, source: Tensor, half: Half, moments: Moments, out: Tensor
 ) -> tuple[Tensor, ...]:
-    """The gradients of source, which is written to `out`, slope, gamma, beta and (P, H) taps."""
+    """The gradients of source, which is written to `out`, slope, gamma and beta, and of (P, H) taps
+    if there are any.
+    """
     slope, gamma, _, taps, (norm_type, dilation, padding) = half
     (grid, sizes), (M, K, H) = Tiling.of(source, norm_type), source.shape
     P, averages = half.count_taps(), None
@@ -156,6 +164,8 @@ def differentiate(
         sums = sums.sum(0)
     grad_beta, grad_gamma = _through_taps(sums, taps)
     grads = out, slope_sums.sum().view(1), grad_gamma, grad_beta
+    if taps is None:
+        return grads
     totals, products = sums
     return *grads, torch.addcmul(half.beta * totals, gamma, products)
 
@@ -197,7 +207,7 @@ def backward_out(
     scratch: Scratch,
 ) -> tuple[Tensor, ...]:
     half = Half.second(weights, shape)
-    return differentiate(grad, mixed, half, moments.after(), out=grad)[:-1]
+    return differentiate(grad, mixed, half, moments.after(), out=grad)
 
 
 def backward_in(

@@ -37,7 +37,7 @@ def _load_taps(taps, p: tl.constexpr, channels, H: tl.constexpr, P: tl.constexpr
     """(1, CHANNELS) of tap p, or 1 without taps."""
     if taps is None:
         return 1.0
-    else:  # without it the compiler reads on
+    else:  # or the compiler would go on to the next line
         return tl.load(taps + channels * P + p, mask=channels < H, other=0.0)[None, :]
 
 

@@ -28,8 +28,6 @@ from local.fast.recompute import keep_buffers
 from local.fast.rows import decode, embed, encode
 from local.tools.choices import MEMORY
 
-WITH_KERNELS = ("gLN", "cLN")  # the norms for which local/fast/gpu.py has kernels
-
 
 class TrainingForward:
     """What `model` computes in training mode, up to rounding, with the same gradients.
@@ -42,16 +40,21 @@ class TrainingForward:
         memory: how much the backward pass recomputes. "none": only what lies between the products,
             so that a block saves three tensors; "some": everything but the input of each block;
             "most": everything but the input of each repeat.
-        compiled: fuse what lies between the products: on a GPU with gLN or cLN by the kernels of
-            local/fast/kernels.py, else by torch.compile, which also fuses the two ends of the
-            model. The first step then takes up to a minute.
+        compiled: let torch.compile fuse what lies between the products, and the two ends of the
+            model; the first step then takes up to a minute.
+        kernels: run what lies between the products by the Triton kernels of local/fast/gpu.py,
+            compiled or not. See `choose.find_kernel_fault` for where they work.
 
     Raises:
         ValueError: `memory` is none of MEMORY.
     """
 
     def __init__(
-        self, model: tasnet.ConvTasNetStereo, memory: str = "some", compiled: bool = False
+        self,
+        model: tasnet.ConvTasNetStereo,
+        memory: str = "some",
+        compiled: bool = False,
+        kernels: bool = False,
     ):
         if memory not in MEMORY:
             raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
@@ -60,6 +63,10 @@ class TrainingForward:
         self._batch_norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
         self._start, self._end = fuse(_start), fuse(decode)
         self._passes = BlockPasses(*map(fuse, BlockPasses()))
+        if kernels:
+            from local.fast import gpu  # needs Triton
+
+            self._passes = gpu.PASSES
 
     def __call__(self, mixture: Tensor) -> Tensor:
         """Separates.
@@ -104,25 +111,17 @@ class TrainingForward:
 
     def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
         norm_type, saves_all = self._model.norm_type, self._memory == "none"
-        passes, update = self._choose_passes(residual), None
+        update = None
         for block in repeat:
             shape, weights = BlockShape.of(block, norm_type), BlockWeights.of(block)
             residual, update, *moments = BlockFunction.apply(
-                passes, saves_all, scratch, shape, residual, update, *weights
+                self._passes, saves_all, scratch, shape, residual, update, *weights
             )
             if norm_type == "BN":
                 moments, frames = BlockMoments(*moments), residual.shape[0] * residual.shape[1]
                 _update_statistics(block.net[2], moments.before(), frames)
                 _update_statistics(block.net[3].net[-2], moments.after(), frames)
         return residual + update
-
-    def _choose_passes(self, residual: Tensor) -> BlockPasses:
-        has_kernels = self._model.norm_type in WITH_KERNELS and residual.dtype == torch.float32
-        if not (self._compiled and residual.is_cuda and has_kernels):
-            return self._passes
-        from local.fast import gpu  # needs Triton, as torch.compile does there
-
-        return gpu.PASSES
 
 
 def allow_tf32_products() -> None:
