@@ -25,14 +25,16 @@ from conftest import RATE, TINY_RUN, random_model, run_command, start_training
 from torch.utils.data import DataLoader, TensorDataset
 
 from local.checkpoint import load_model
-from local.fast.choose import find_compiler_fault
+from local.fast.choose import WITH_KERNELS, choose_forward, find_compiler_fault, find_kernel_fault
 from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
-from local.fast.training import WITH_KERNELS, TrainingForward
-from local.inference import count_windows, separate
+from local.fast.training import TrainingForward
+from local.inference import separate
+from local.needs import MOST_WINDOWS
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
 from local.tools.choices import MEMORY
+from local.tools.memory import free_gpu_memory
 from local.train.checkpoints import list_last
 
 DEVICE = "cuda"
@@ -76,17 +78,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 LOSS_SCALE = 1024.0  # as a GradScaler would, or small gradients vanish in fp16
 
 
-class KernelForward(TrainingForward):
-    """With the kernels and without a compiler, which would take long for each model."""
-
-    def _choose_passes(self, residual):
-        from local.fast import gpu
-
-        return gpu.PASSES
-
-
-FORWARDS = {"plain": TrainingForward, "kernels": KernelForward}
-FORWARDS["compiled"] = functools.partial(TrainingForward, compiled=True)
+FORWARDS = {"plain": TrainingForward, "kernels": functools.partial(TrainingForward, kernels=True)}
 BY_FORWARD = [
     pytest.param(norm_type, name, id=f"{norm_type}-{name}")
     for name, norm_types in (("plain", NORM_TYPES), ("kernels", WITH_KERNELS))
@@ -94,13 +86,24 @@ BY_FORWARD = [
 ]
 
 
+def choose_compiled(model: ConvTasNetStereo, memory: str) -> Callable:
+    """As train.py does."""
+    training = {"memory": memory, "compile": "auto", "fast": "yes"}
+    forward, note = choose_forward(model, training, torch.device(DEVICE))
+    assert ("with Triton kernels" in note) == (model.norm_type in WITH_KERNELS)
+    return forward
+
+
+FORWARDS["compiled"] = choose_compiled
+
+
 def take_step(model, batch, device, memory=None, forward="plain", autocast=None) -> dict:
     """Estimates, gradients and buffers after a step of the plain model, or with `memory` of one of
     FORWARDS, with a copy of the model on a device.
     """
-    if forward != "plain" and not find_spec("triton"):
-        pytest.skip("Triton is not installed")
     model = copy.deepcopy(model).to(device).train()
+    if forward == "kernels" and (fault := find_kernel_fault(model, torch.device(device))):
+        pytest.skip(f"the kernels do not run here: {fault}")
     mixture, targets = (tensor.to(device) for tensor in batch)
     separate_batch = FORWARDS[forward](model, memory) if memory else model
     with torch.autocast(device, autocast, enabled=autocast is not None):
@@ -227,6 +230,16 @@ def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(
         assert 1e-5 < error(found[name], expected[name]) < 2 * error(plain[name], expected[name])
 
 
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_tf32_is_nearer_to_float32_than_the_plain_model_in_bf16(norm_type, forward):
+    model, batch, expected = large_step(norm_type, norm_type == "cLN")
+    plain = take_step(model, batch, DEVICE, autocast=torch.bfloat16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    found = take_step(model, batch, DEVICE, "some", forward)
+    for name in ("estimates", "gradients"):
+        assert error(found[name], expected[name]) < error(plain[name], expected[name])
+
+
 # Separation
 
 LENGTH = 140_001  # more than the 32768 frames of a tile, and no whole number of frames
@@ -261,17 +274,39 @@ def test_a_whole_song_is_separated_as_by_the_model_on_the_cpu(method, norm_type,
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_overlap_add_takes_several_windows_and_gives_what_the_cpu_gives(norm_type):
     model, _ = whole_song(norm_type, norm_type == "cLN")
-    most, batches = count_windows(torch.device(DEVICE)), []
-    assert most > 1
-    mixture, on_device = make_mixture(), copy.deepcopy(model).to(DEVICE)
+    mixture, on_device, batches = make_mixture(), copy.deepcopy(model).to(DEVICE), []
     on_device.register_forward_pre_hook(lambda model, args: batches.append(len(args[0])))
     estimates = separate(on_device, mixture, "overlap-add", segment=20.0)
     exact = copy.deepcopy(model).double()
     expected = separate(exact, mixture.double(), "overlap-add", segment=20.0, fast="no")
-    assert max(batches) == most
+    assert max(batches) == MOST_WINDOWS
     assert sum(batches) == 7
     assert estimates.device == mixture.device
     assert error(estimates, expected) < 1e-5
+
+
+def test_windows_are_separated_in_the_memory_that_is_left(monkeypatch):
+    """One by one here, with what they give together."""
+    model, _ = whole_song("gLN", False)
+    mixture, on_device, batches = make_mixture(), copy.deepcopy(model).to(DEVICE), []
+    on_device.register_forward_pre_hook(lambda model, args: batches.append(len(args[0])))
+    together = separate(on_device, mixture, "overlap-add", segment=20.0)
+    del batches[:]
+    monkeypatch.setattr("local.needs.free_gpu_memory", lambda device: 1)
+    one_by_one = separate(on_device, mixture, "overlap-add", segment=20.0)
+    assert batches == [1] * 7
+    assert error(one_by_one, together) < 1e-6
+
+
+def test_the_free_memory_of_a_gpu_includes_what_torch_holds_for_later():
+    device = torch.device(DEVICE)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = free_gpu_memory(device)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert before - free_gpu_memory(device) >= 2**28
+    del block
+    assert free_gpu_memory(device) == pytest.approx(before, abs=2**24)
 
 
 @pytest.mark.parametrize("place", ["cpu", DEVICE])

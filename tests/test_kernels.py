@@ -16,7 +16,8 @@ from conftest import random_model
 
 from local import tasnet
 from local.fast.block import BlockPasses, BlockShape, BlockWeights, Scratch
-from local.fast.training import WITH_KERNELS, TrainingForward
+from local.fast.choose import WITH_KERNELS
+from local.fast.training import TrainingForward
 from local.tools.choices import MEMORY
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +30,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from local.fast import gpu  # noqa: E402 (it needs Triton)
 
+SIZES = dict(N=12, L=8, B=8, H=40, P=3, X=2, R=2, C=2, audio_channels=2)  # of a model
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -153,6 +155,24 @@ def test_the_sum_of_residual_and_update_comes_with_a_copy(dtype):
         assert torch.equal(copied, expected.to(dtype))
 
 
+@pytest.mark.parametrize("norm_type", WITH_KERNELS)
+def test_kernels_that_work_are_found_to_work(norm_type):
+    model = random_model({**SIZES, "norm_type": norm_type}).to(DEVICE)
+    assert gpu.find_difference(model, torch.device(DEVICE)) == ""
+
+
+@pytest.mark.parametrize("name", BlockPasses._fields[:1] + BlockPasses._fields[2:4])
+def test_kernels_that_are_compiled_wrongly_are_found(name, monkeypatch):
+    def run(*args):
+        first, *rest = getattr(passes, name)(*args)
+        return 1.001 * first, *rest
+
+    passes = gpu.PASSES
+    monkeypatch.setattr(gpu, "PASSES", passes._replace(**{name: run}))
+    model = random_model({**SIZES, "norm_type": "gLN"}).to(DEVICE)
+    assert "error of 0.001" in gpu.find_difference(model, torch.device(DEVICE))
+
+
 def take_step(model: tasnet.ConvTasNetStereo, batch, forward=None) -> tuple[torch.Tensor, ...]:
     mixture, targets = batch
     estimates = (forward or model)(mixture)
@@ -163,10 +183,8 @@ def take_step(model: tasnet.ConvTasNetStereo, batch, forward=None) -> tuple[torc
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize(("norm_type", "causal"), [("gLN", False), ("cLN", True), ("cLN", False)])
-def test_a_step_is_that_of_the_plain_model(norm_type, causal, memory, monkeypatch):
-    monkeypatch.setattr(TrainingForward, "_choose_passes", lambda self, residual: gpu.PASSES)
-    sizes = dict(N=12, L=8, B=8, H=40, P=3, X=2, R=2, C=2, audio_channels=2)
-    model = random_model({**sizes, "norm_type": norm_type, "causal": causal}).train()
+def test_a_step_is_that_of_the_plain_model(norm_type, causal, memory):
+    model = random_model({**SIZES, "norm_type": norm_type, "causal": causal}).train()
     generator = torch.Generator().manual_seed(0)
     mixture = torch.randn(2, 2, 120, generator=generator)
     targets = torch.randn(2, 2, 2, 120, generator=generator)
@@ -174,6 +192,6 @@ def test_a_step_is_that_of_the_plain_model(norm_type, causal, memory, monkeypatc
     expected = take_step(exact, (mixture.double(), targets.double()))
     model = model.to(DEVICE)
     batch = mixture.to(DEVICE), targets.to(DEVICE)
-    estimates, gradients = take_step(model, batch, TrainingForward(model, memory))
+    estimates, gradients = take_step(model, batch, TrainingForward(model, memory, kernels=True))
     assert error(estimates, expected[0]) < 1e-5
     assert error(gradients, expected[1]) < 1e-4
