@@ -295,18 +295,18 @@ def test_windows_are_separated_in_the_memory_that_is_left(monkeypatch):
     monkeypatch.setattr("local.needs.free_gpu_memory", lambda device: 1)
     one_by_one = separate(on_device, mixture, "overlap-add", segment=20.0)
     assert batches == [1] * 7
-    assert error(one_by_one, together) < 1e-6
+    assert error(one_by_one, together) < 1e-5
 
 
-def test_the_free_memory_of_a_gpu_includes_what_torch_holds_for_later():
-    device = torch.device(DEVICE)
+def test_memory_that_torch_holds_for_later_is_free(monkeypatch):
+    # Of the device itself, since other processes take and leave some meanwhile.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**10))
     gc.collect()
     torch.cuda.empty_cache()
-    before = free_gpu_memory(device)
-    block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    assert before - free_gpu_memory(device) >= 2**28
+    before, block = free_gpu_memory(DEVICE), torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    assert free_gpu_memory(DEVICE) == before
     del block
-    assert free_gpu_memory(device) == pytest.approx(before, abs=2**24)
+    assert free_gpu_memory(DEVICE) == before + 2**28
 
 
 @pytest.mark.parametrize("place", ["cpu", DEVICE])

@@ -2,10 +2,19 @@ import math
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import ROOT, run_python
 from torch import nn
 
-from local.needs import WORKSPACE, advise_on_memory, describe_failure, separation_bytes
+import local.needs
+from local.needs import (
+    MOST_WINDOWS,
+    WORKSPACE,
+    advise_on_memory,
+    count_windows,
+    describe_failure,
+    separation_bytes,
+)
 from local.tasnet import ConvTasNetStereo
 
 FLAGS = dict(method="overlap-add", segment=6.0, overlap=0.1, fast="auto")
@@ -66,6 +75,16 @@ def test_of_another_model_the_signals_alone_are_known():
     model = nn.Conv1d(2, 4, 1)
     model.C, model.audio_channels, model.samplerate = 2, 2, 44100
     assert separation_bytes(model, 60, flags(method="full")) == WORKSPACE + 4 * 6 * 44100 * 60
+
+
+def test_windows_on_a_gpu_are_as_many_as_its_free_memory_holds(monkeypatch):
+    model, samples = ConvTasNetStereo(**SIZES).eval(), 6 * 44100
+    window = separation_bytes(model, 6, flags(method="full", fast="no"), in_blocks=True) - WORKSPACE
+    for held, expected in ((0, 1), (1.1, 1), (2.1, 2), (2.9, 2), (99, MOST_WINDOWS)):
+        free = WORKSPACE + held * window
+        monkeypatch.setattr(local.needs, "free_gpu_memory", lambda device, free=free: free)
+        assert count_windows(model, samples, torch.device("cuda")) == expected
+        assert count_windows(model, samples, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def shared_memory() -> int:
 
 
 def free_gpu_memory(device) -> int:
-    """Return the bytes that this process may still take of a GPU's memory, what torch holds of it
-    for later included.
+    """Return the bytes of a GPU's memory that this process may still take, with those that torch
+    holds for later.
     """
     import torch
 
