@@ -84,8 +84,8 @@ def test_a_missing_compiler_is_named_in_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("compile_", "compiler_fault", "kernel_fault", "used", "said"),
     [
-        ("auto", "", "", (True, True), "with Triton kernels"),
-        ("auto", "", "it is old", (True, False), "kernels are not used: it is old"),
+        ("auto", "", "", (True, True), "blocks run as Triton kernels"),
+        ("auto", "", "it is old", (True, False), "not run as Triton kernels: it is old"),
         ("auto", "no g++", "", (False, False), "no g++"),
         ("no", "", "", (False, False), ""),
     ],

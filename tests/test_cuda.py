@@ -25,7 +25,13 @@ from conftest import RATE, TINY_RUN, random_model, run_command, start_training
 from torch.utils.data import DataLoader, TensorDataset
 
 from local.checkpoint import load_model
-from local.fast.choose import WITH_KERNELS, choose_forward, find_compiler_fault, find_kernel_fault
+from local.fast.choose import (
+    OLDEST,
+    WITH_KERNELS,
+    choose_forward,
+    find_compiler_fault,
+    find_kernel_fault,
+)
 from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
@@ -90,7 +96,8 @@ def choose_compiled(model: ConvTasNetStereo, memory: str) -> Callable:
     """As train.py does."""
     training = {"memory": memory, "compile": "auto", "fast": "yes"}
     forward, note = choose_forward(model, training, torch.device(DEVICE))
-    assert ("with Triton kernels" in note) == (model.norm_type in WITH_KERNELS)
+    has_kernels = not find_kernel_fault(model, torch.device(DEVICE))
+    assert ("blocks run as Triton kernels" in note) == has_kernels
     return forward
 
 
@@ -202,6 +209,14 @@ def test_an_edited_model_trains_on_a_gpu_as_edited(memory):
         steps.append([estimates.detach(), *grads, *copied.buffers()])
     for expected, found in zip(*steps, strict=True):
         assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("norm_type", WITH_KERNELS)
+def test_the_kernels_work_here(norm_type):
+    if torch.version.hip or torch.cuda.get_device_capability() < OLDEST or not find_spec("triton"):
+        pytest.skip("the kernels need a GPU of NVIDIA, Ampere or later, and Triton")
+    model = make_model(norm_type, False).to(DEVICE)
+    assert find_kernel_fault(model, torch.device(DEVICE)) == ""
 
 
 @pytest.mark.usefixtures("finish")  # the runs below are under way while this compiles

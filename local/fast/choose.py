@@ -70,7 +70,8 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
     if compiled and is_fast and device.type == "cuda":
         fault = find_kernel_fault(model, device)
         kernels = not fault
-        note += f"; Triton kernels are not used: {fault}" if fault else ", with Triton kernels"
+        note += f"; blocks{' do not' if fault else ''} run as Triton kernels"
+        note += f": {fault}" if fault else ""
     if is_fast:
         if device.type == "cuda":
             allow_tf32_products()
