@@ -13,6 +13,7 @@ from local.fast.full import separate_full
 from local.fast.packed import autocast_to, find_precision_fault
 from local.fast.rows import tile_size
 from local.models import least_samples
+from local.needs import count_windows
 from local.streaming import StreamingConvTasNet, check_samples, find_stream_fault
 from local.tasnet import ConvTasNetStereo
 from local.tools.choices import METHODS, OVERLAP, PRECISIONS, SEGMENT
@@ -228,9 +229,8 @@ def _overlap_add(
     shared = hop - int(hop - overlap * rate)  # samples of two windows; fade or fade + 1
     make_ramp = partial(torch.linspace, 0, 1, fade, device=like.device)
     tail = None  # the end of the window before, faded out
-    for mixtures, is_end in batch_windows(
-        cut_windows(blocks, hop, shared), count_windows(like.device)
-    ):
+    most = count_windows(model, hop + shared, like.device)
+    for mixtures, is_end in batch_windows(cut_windows(blocks, hop, shared), most):
         estimates = _forward(model, mixtures.to(like), is_fast)
         for number, window in enumerate(estimates, start=1):
             time = done = window.shape[-1]
@@ -245,11 +245,6 @@ def _overlap_add(
             tail = window[..., done:]
             progress(done)
             yield window[..., :done]
-
-
-def count_windows(device: torch.device) -> int:
-    """Windows in a batch: on a CPU, more than one gains nothing."""
-    return 1 if device.type == "cpu" else 4
 
 
 def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:

@@ -2,15 +2,16 @@
 
 from argparse import Namespace
 
+import torch
 from torch import nn
 
 from local.fast.choose import choose_fast
-from local.inference import count_windows
 from local.streaming import find_stream_fault
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import brief
-from local.tools.memory import is_out_of_memory
+from local.tools.memory import free_gpu_memory, is_out_of_memory
 
+MOST_WINDOWS = 4  # in a batch of overlap-add
 WORKSPACE = 100e6  # bytes that do not grow with the track, of the published models (measured)
 
 
@@ -35,13 +36,29 @@ def separation_bytes(
     if device.type != "cpu" or args.method == "stream" or not isinstance(model, ConvTasNetStereo):
         return WORKSPACE + signals
     if args.method == "overlap-add":
-        window = args.segment * (1 + args.overlap) + args.overlap
-        at_once = min(seconds, window * count_windows(device))
+        at_once = min(seconds, args.segment * (1 + args.overlap) + args.overlap)
         signals += per_second * at_once
-    channels = 5 * model.H + 2 * model.B + model.N  # of the model itself, at its peak (measured)
+    channels = _count_channels(model)
     if choose_fast(model, args.fast):  # the residual, and a buffer; or a stream
         channels = model.B + max(model.B, model.H) if find_stream_fault(model) else 0
     return WORKSPACE + signals + 4 * channels * at_once * rate / model.encoder.hop
+
+
+def count_windows(model: nn.Module, samples: int, device: torch.device) -> int:
+    """Return how many windows of overlap-add the model separates at once: on a CPU one, as more
+    gain nothing; on a GPU up to MOST_WINDOWS, as its free memory allows.
+    """
+    if device.type == "cpu":
+        return 1
+    if device.type != "cuda" or not isinstance(model, ConvTasNetStereo):
+        return MOST_WINDOWS
+    window = 4 * _count_channels(model) * samples / model.encoder.hop
+    return max(1, min(MOST_WINDOWS, int((free_gpu_memory(device) - WORKSPACE) / window)))
+
+
+def _count_channels(model: ConvTasNetStereo) -> int:
+    """Of the tensors that the model itself holds at its peak (measured on a CPU)."""
+    return 5 * model.H + 2 * model.B + model.N
 
 
 def describe_failure(error: Exception, args: Namespace, on_cpu: str = "") -> str:

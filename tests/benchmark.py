@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import textbook
 
-from local.fast.choose import find_compiler_fault
+from local.fast.choose import find_compiler_fault, find_kernel_fault
 from local.fast.rows import tile_size
 from local.fast.training import TrainingForward, allow_tf32_products
 from local.inference import separate
@@ -598,10 +598,12 @@ def measure_step(case: Training, step: Step) -> dict:
 def choose_step(case: Training, model: ConvTasNetStereo, step: Step) -> Callable:
     """A function from mixture and targets to the loss, which trains the model."""
     is_textbook, state = step.name == "textbook", dict(model.named_parameters())
+    compiled = step.name == "compiled"
+    kernels = compiled and not find_kernel_fault(model, torch.device(case.device))  # as in train.py
     separate_batch = (
         partial(textbook.separate, state, case.conf)
         if is_textbook
-        else TrainingForward(model, step.memory, step.name == "compiled")
+        else TrainingForward(model, step.memory, compiled, kernels)
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-9, fused=not is_textbook)
 

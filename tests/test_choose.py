@@ -1,15 +1,17 @@
 import copy
+import sys
 
 import pytest
 import torch
 from conftest import random_model, run_python, slow
 
+import local.fast.choose
 from local import tasnet
-from local.fast.choose import choose_forward, find_compiler_fault
+from local.fast.choose import choose_forward, find_compiler_fault, find_kernel_fault
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = dict(N=12, L=8, B=8, H=12, P=3, X=2, R=1, C=2, audio_channels=2)
 
 
@@ -74,3 +76,55 @@ def test_a_missing_compiler_is_named_in_a_line(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert result.stdout.count("\n") == 1
+
+
+# Triton kernels
+
+
+@pytest.mark.parametrize(
+    ("compile_", "compiler_fault", "kernel_fault", "used", "said"),
+    [
+        ("auto", "", "", (True, True), "blocks run as Triton kernels"),
+        ("auto", "", "it is old", (True, False), "not run as Triton kernels: it is old"),
+        ("auto", "no g++", "", (False, False), "no g++"),
+        ("no", "", "", (False, False), ""),
+    ],
+)
+def test_kernels_are_for_a_gpu_where_they_work_and_compiling_does(
+    compile_, compiler_fault, kernel_fault, used, said, monkeypatch
+):
+    made = []
+    faults = {"find_compiler_fault": compiler_fault, "find_kernel_fault": kernel_fault}
+    for name, fault in faults.items():
+        monkeypatch.setattr(local.fast.choose, name, lambda *args, fault=fault: fault)
+    monkeypatch.setattr(local.fast.choose, "allow_tf32_products", lambda: None)
+    monkeypatch.setattr(local.fast.choose, "TrainingForward", lambda *args: made.append(args))
+    training = {"memory": "some", "compile": compile_, "fast": "auto"}
+    _, note = choose_forward(random_model(SMALL).train(), training, GPU)
+    assert made[0][2:] == used
+    assert said in note
+    assert bool(said) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("norm_type", "device", "hip", "capability", "triton", "named"),
+    [
+        ("gLN", CPU, None, (9, 0), True, "NVIDIA"),
+        ("gLN", GPU, "6.4", (9, 4), True, "NVIDIA"),
+        ("gLN", GPU, None, (7, 5), True, "old"),
+        ("cLN", GPU, None, (9, 0), False, "triton"),
+        ("BN", GPU, None, (9, 0), True, "BN"),
+        ("id", GPU, None, (9, 0), True, "id"),
+    ],
+)
+def test_kernels_that_cannot_run_are_not_used(
+    norm_type, device, hip, capability, triton, named, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if not triton:
+        for module in ("gpu", "kernels"):
+            monkeypatch.delitem(sys.modules, f"local.fast.{module}", raising=False)
+            monkeypatch.delattr(local.fast, module, raising=False)
+        monkeypatch.setitem(sys.modules, "triton", None)
+    assert named in find_kernel_fault(random_model({**SMALL, "norm_type": norm_type}), device)

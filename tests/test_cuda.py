@@ -25,14 +25,22 @@ from conftest import RATE, TINY_RUN, random_model, run_command, start_training
 from torch.utils.data import DataLoader, TensorDataset
 
 from local.checkpoint import load_model
-from local.fast.choose import find_compiler_fault
+from local.fast.choose import (
+    OLDEST,
+    WITH_KERNELS,
+    choose_forward,
+    find_compiler_fault,
+    find_kernel_fault,
+)
 from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
-from local.inference import count_windows, separate
+from local.inference import separate
+from local.needs import MOST_WINDOWS
 from local.streaming import StreamingConvTasNet
 from local.tasnet import NORM_TYPES, ConvTasNetStereo
 from local.tools.choices import MEMORY
+from local.tools.memory import free_gpu_memory
 from local.train.checkpoints import list_last
 
 DEVICE = "cuda"
@@ -76,13 +84,35 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 LOSS_SCALE = 1024.0  # as a GradScaler would, or small gradients vanish in fp16
 
 
-def take_step(model, batch, device, memory=None, compiled=False, autocast=None) -> dict:
-    """Estimates, gradients and buffers after a step of the plain forward, or of the one for
-    training, with a copy of the model on a device.
+FORWARDS = {"plain": TrainingForward, "kernels": functools.partial(TrainingForward, kernels=True)}
+BY_FORWARD = [
+    pytest.param(norm_type, name, id=f"{norm_type}-{name}")
+    for name, norm_types in (("plain", NORM_TYPES), ("kernels", WITH_KERNELS))
+    for norm_type in norm_types
+]
+
+
+def choose_compiled(model: ConvTasNetStereo, memory: str) -> Callable:
+    """As train.py does."""
+    training = {"memory": memory, "compile": "auto", "fast": "yes"}
+    forward, note = choose_forward(model, training, torch.device(DEVICE))
+    has_kernels = not find_kernel_fault(model, torch.device(DEVICE))
+    assert ("blocks run as Triton kernels" in note) == has_kernels
+    return forward
+
+
+FORWARDS["compiled"] = choose_compiled
+
+
+def take_step(model, batch, device, memory=None, forward="plain", autocast=None) -> dict:
+    """Estimates, gradients and buffers after a step of the plain model, or with `memory` of one of
+    FORWARDS, with a copy of the model on a device.
     """
     model = copy.deepcopy(model).to(device).train()
+    if forward == "kernels" and (fault := find_kernel_fault(model, torch.device(device))):
+        pytest.skip(f"the kernels do not run here: {fault}")
     mixture, targets = (tensor.to(device) for tensor in batch)
-    separate_batch = TrainingForward(model, memory, compiled) if memory else model
+    separate_batch = FORWARDS[forward](model, memory) if memory else model
     with torch.autocast(device, autocast, enabled=autocast is not None):
         estimates = separate_batch(mixture)
         loss = LOSS_SCALE * F.l1_loss(estimates, targets)
@@ -139,10 +169,10 @@ def assert_steps_agree(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("causal", DIRECTIONS)
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_a_step_in_float32_is_that_of_the_cpu(norm_type, causal, memory):
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_a_step_in_float32_is_that_of_the_cpu(norm_type, forward, causal, memory):
     model, pairs = small_steps(norm_type, causal)
-    found = [take_step(model, batch, DEVICE, memory) for batch, _ in pairs]
+    found = [take_step(model, batch, DEVICE, memory, forward) for batch, _ in pairs]
     assert_steps_agree(found, [expected for _, expected in pairs])
 
 
@@ -181,27 +211,48 @@ def test_an_edited_model_trains_on_a_gpu_as_edited(memory):
         assert error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("norm_type", WITH_KERNELS)
+def test_the_kernels_work_here(norm_type):
+    if torch.version.hip or torch.cuda.get_device_capability() < OLDEST or not find_spec("triton"):
+        pytest.skip("the kernels need a GPU of NVIDIA, Ampere or later, and Triton")
+    model = make_model(norm_type, False).to(DEVICE)
+    assert find_kernel_fault(model, torch.device(DEVICE)) == ""
+
+
 @pytest.mark.usefixtures("finish")  # the runs below are under way while this compiles
-def test_a_compiled_step_is_that_of_the_cpu():
+@pytest.mark.parametrize("norm_type", ["gLN", "BN"])  # with kernels, and with none
+def test_a_compiled_step_is_that_of_the_cpu(norm_type):
     if fault := find_compiler_fault(torch.device(DEVICE)):
         pytest.skip(f"torch.compile does not work here: {fault}")
-    model, pairs = small_steps("gLN", False, X=1, R=1)
-    found = [take_step(model, batch, DEVICE, "some", compiled=True) for batch, _ in pairs]
+    model, pairs = small_steps(norm_type, False, X=1, R=1)
+    found = [take_step(model, batch, DEVICE, "some", "compiled") for batch, _ in pairs]
     assert_steps_agree(found, [expected for _, expected in pairs])
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(norm_type, dtype, memory):
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_autocast_is_as_near_to_float32_as_the_plain_model_under_it(
+    norm_type, forward, dtype, memory
+):
     # In few frames a handful of signs, on which rounding decides, would make all the difference.
     model, batch, expected = large_step(norm_type, norm_type == "cLN")
     plain = take_step(model, batch, DEVICE, autocast=dtype)
-    found = take_step(model, batch, DEVICE, memory, autocast=dtype)
+    found = take_step(model, batch, DEVICE, memory, forward, dtype)
     assert found["estimates"].dtype == torch.float32
     for name in ("estimates", "gradients"):
         # Below the first limit it was not autocast's dtype that was computed in.
         assert 1e-5 < error(found[name], expected[name]) < 2 * error(plain[name], expected[name])
+
+
+@pytest.mark.parametrize(("norm_type", "forward"), BY_FORWARD)
+def test_tf32_is_nearer_to_float32_than_the_plain_model_in_bf16(norm_type, forward):
+    model, batch, expected = large_step(norm_type, norm_type == "cLN")
+    plain = take_step(model, batch, DEVICE, autocast=torch.bfloat16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    found = take_step(model, batch, DEVICE, "some", forward)
+    for name in ("estimates", "gradients"):
+        assert error(found[name], expected[name]) < error(plain[name], expected[name])
 
 
 # Separation
@@ -238,17 +289,39 @@ def test_a_whole_song_is_separated_as_by_the_model_on_the_cpu(method, norm_type,
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_overlap_add_takes_several_windows_and_gives_what_the_cpu_gives(norm_type):
     model, _ = whole_song(norm_type, norm_type == "cLN")
-    most, batches = count_windows(torch.device(DEVICE)), []
-    assert most > 1
-    mixture, on_device = make_mixture(), copy.deepcopy(model).to(DEVICE)
+    mixture, on_device, batches = make_mixture(), copy.deepcopy(model).to(DEVICE), []
     on_device.register_forward_pre_hook(lambda model, args: batches.append(len(args[0])))
     estimates = separate(on_device, mixture, "overlap-add", segment=20.0)
     exact = copy.deepcopy(model).double()
     expected = separate(exact, mixture.double(), "overlap-add", segment=20.0, fast="no")
-    assert max(batches) == most
+    assert max(batches) == MOST_WINDOWS
     assert sum(batches) == 7
     assert estimates.device == mixture.device
     assert error(estimates, expected) < 1e-5
+
+
+def test_windows_are_separated_in_the_memory_that_is_left(monkeypatch):
+    """One by one here, with what they give together."""
+    model, _ = whole_song("gLN", False)
+    mixture, on_device, batches = make_mixture(), copy.deepcopy(model).to(DEVICE), []
+    on_device.register_forward_pre_hook(lambda model, args: batches.append(len(args[0])))
+    together = separate(on_device, mixture, "overlap-add", segment=20.0)
+    del batches[:]
+    monkeypatch.setattr("local.needs.free_gpu_memory", lambda device: 1)
+    one_by_one = separate(on_device, mixture, "overlap-add", segment=20.0)
+    assert batches == [1] * 7
+    assert error(one_by_one, together) < 1e-5
+
+
+def test_memory_that_torch_holds_for_later_is_free(monkeypatch):
+    # Of the device itself, since other processes take and leave some meanwhile.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**10))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, block = free_gpu_memory(DEVICE), torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    assert free_gpu_memory(DEVICE) == before
+    del block
+    assert free_gpu_memory(DEVICE) == before + 2**28
 
 
 @pytest.mark.parametrize("place", ["cpu", DEVICE])

@@ -2,10 +2,19 @@ import math
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import ROOT, run_python
 from torch import nn
 
-from local.needs import WORKSPACE, advise_on_memory, describe_failure, separation_bytes
+import local.needs
+from local.needs import (
+    MOST_WINDOWS,
+    WORKSPACE,
+    advise_on_memory,
+    count_windows,
+    describe_failure,
+    separation_bytes,
+)
 from local.tasnet import ConvTasNetStereo
 
 FLAGS = dict(method="overlap-add", segment=6.0, overlap=0.1, fast="auto")
@@ -21,7 +30,7 @@ def flags(**others) -> Namespace:
 def test_a_separation_needs_what_it_takes(method, fast, tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(f"""
-import argparse, resource, sys
+import argparse, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import psutil, torch
 from local.inference import separate
@@ -34,7 +43,9 @@ run = lambda mixture: separate(model, mixture, {method!r}, 20.0, 0.1, fast={fast
 run(torch.randn(2, 4410))
 before = psutil.Process().memory_info().rss
 run(torch.randn(2, 30 * 44100))
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+# ru_maxrss would include what pytest held when it started this process.
+peak = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(1024 * int(peak) - before)
 print(separation_bytes(model, 30, flags) - WORKSPACE)
 """)
     result = run_python(script, own_process=True)
@@ -66,6 +77,16 @@ def test_of_another_model_the_signals_alone_are_known():
     model = nn.Conv1d(2, 4, 1)
     model.C, model.audio_channels, model.samplerate = 2, 2, 44100
     assert separation_bytes(model, 60, flags(method="full")) == WORKSPACE + 4 * 6 * 44100 * 60
+
+
+def test_windows_on_a_gpu_are_as_many_as_its_free_memory_holds(monkeypatch):
+    model, samples = ConvTasNetStereo(**SIZES).eval(), 6 * 44100
+    window = separation_bytes(model, 6, flags(method="full", fast="no"), in_blocks=True) - WORKSPACE
+    for held, expected in ((0, 1), (1.1, 1), (2.1, 2), (2.9, 2), (99, MOST_WINDOWS)):
+        free = WORKSPACE + held * window
+        monkeypatch.setattr(local.needs, "free_gpu_memory", lambda device, free=free: free)
+        assert count_windows(model, samples, torch.device("cuda")) == expected
+        assert count_windows(model, samples, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(

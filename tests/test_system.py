@@ -90,7 +90,7 @@ def made(monkeypatch) -> list[tuple[str, bool]]:
     """(memory, compiled) of every TrainingForward that a system makes; in truth none compiles."""
     made = []
 
-    def make(model, memory, compiled):
+    def make(model, memory, compiled, kernels):
         made.append((memory, compiled))
         return TrainingForward(model, memory)
 

@@ -115,6 +115,13 @@ def _gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return None, None
 
 
+def add(residual: Tensor, update: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(their sum, or the residual without an update; the same in a dtype)."""
+    if update is not None:
+        residual = residual + update
+    return residual, residual.to(dtype)
+
+
 def forward(
     hidden: Tensor, weights: BlockWeights, shape: BlockShape, saves_all: bool, scratch: Scratch
 ) -> tuple[Tensor, Tensor, BlockMoments]:
@@ -204,47 +211,56 @@ class BlockPasses(NamedTuple):
     recompute: Callable = recompute
     backward_out: Callable = backward_out
     backward_in: Callable = backward_in
+    add: Callable = add
 
 
 class BlockFunction(torch.autograd.Function):
-    """The block: residual (M, K, B) to the next residual and, without a gradient, BlockMoments.
+    """The block: (residual, update) to the next (residual, update), all (M, K, B), where the sum of
+    a pair is the residual path; and, without a gradient, BlockMoments.
+
+    So the sum is one pass with its copy in the dtype of the products, here and in the backward
+    pass.
 
     Args of `apply`: BlockPasses, whether hidden and mixed are saved, Scratch, BlockShape, residual,
-    and the BlockWeights one by one.
+    update or None, and the BlockWeights one by one.
     """
 
     @staticmethod
-    def forward(ctx, passes, saves_all, scratch, shape, residual, *weights):
+    def forward(ctx, passes, saves_all, scratch, shape, residual, update, *weights):
         ctx.passes, ctx.scratch, ctx.shape = passes, scratch, shape
-        weights, inputs = BlockWeights(*weights), residual.to(weights[0].dtype)
+        ctx.set_materialize_grads(False)  # the moments have none, and zeros would be filled in
+        weights = BlockWeights(*weights)
         with torch.autocast(residual.device.type, enabled=False):
+            residual, inputs = passes.add(residual, update, weights.expand.dtype)
             out = None if saves_all else scratch.hidden
             hidden = _product(inputs, weights.expand.t(), out)
             normed, mixed, moments = passes.forward(hidden, weights, shape, saves_all, scratch)
-            residual = residual + _product(normed, weights.project.t())
+            update = _product(normed, weights.project.t())
         saved = (hidden, mixed) if saves_all else (None, None)
         ctx.save_for_backward(inputs, *saved, *moments, *weights)
         ctx.mark_non_differentiable(*(moment for moment in moments if moment is not None))
-        return residual, *moments
+        return residual, update, *moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, grad_update, *_):
         inputs, hidden, mixed, *rest = ctx.saved_tensors
         moments, weights = BlockMoments(*rest[:4]), BlockWeights(*rest[4:])
         passes, scratch, shape = ctx.passes, ctx.scratch, ctx.shape
         if hidden is None:
             hidden = _product(inputs, weights.expand.t(), scratch.hidden)
         normed, mixed = passes.recompute(hidden, mixed, moments, weights, shape, scratch)
-        grad_update = grad.to(hidden.dtype)
         grad_project = _product_over_frames(grad_update, normed)
+        del normed  # or its memory is held to the end
         inner = _product(grad_update, weights.project, scratch.grad)
         inner, *grads_out = passes.backward_out(inner, mixed, moments, weights, shape, scratch)
+        del mixed
         inner, *grads_in = passes.backward_in(inner, hidden, moments, weights, shape, scratch)
         grad_expand = _product_over_frames(inner, inputs)
-        grad_residual = grad + _product(inner, weights.expand)
-        grads = grad_residual, grad_expand, *grads_in, *grads_out, grad_project
-        return None, None, None, None, *grads
+        grad, grad_update = passes.add(grad, _product(inner, weights.expand), inputs.dtype)
+        grads = grad_expand, *grads_in, *grads_out, grad_project
+        has_update = ctx.needs_input_grad[5]
+        return None, None, None, None, grad, grad_update if has_update else None, *grads
 
 
 def _product(frames: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether the fast path is used, and which forward pass trains, compiled or not."""
+"""Whether the fast path is used, and which forward pass trains: compiled, with kernels, or not."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,10 @@ from local.fast.equal import find_difference
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward, allow_tf32_products
 from local.tools.choices import FAST
+from local.tools.command_line import brief
+
+WITH_KERNELS = ("gLN", "cLN")  # the norms for which local/fast/gpu.py has kernels
+OLDEST = (8, 0)  # the compute capability of GPUs with bf16, which the kernels need
 
 
 def choose_fast(model: nn.Module, fast: str, training: bool = False) -> bool:
@@ -57,19 +61,42 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
     memory, compile_ = training["memory"], training["compile"]
     is_fast = choose_fast(model, training["fast"], training=True)
     compiled = compile_ == "yes" or (compile_ == "auto" and is_fast and device.type == "cuda")
-    note = ""
+    kernels, note = False, ""
     if compiled:
         note = "the first step compiles, which takes half a minute or so"
         if fault := find_compiler_fault(device):
             note = f"torch.compile does not work here, so nothing is compiled: {fault}"
             compiled = False
+    if compiled and is_fast and device.type == "cuda":
+        fault = find_kernel_fault(model, device)
+        kernels = not fault
+        note += f"; blocks{' do not' if fault else ''} run as Triton kernels"
+        note += f": {fault}" if fault else ""
     if is_fast:
         if device.type == "cuda":
             allow_tf32_products()
-        return TrainingForward(model, memory, compiled), note
+        return TrainingForward(model, memory, compiled, kernels), note
     if compiled:
         model.compile()
     return RecomputingForward(model, memory), note
+
+
+def find_kernel_fault(model: tasnet.ConvTasNetStereo, device: torch.device) -> str:
+    """Why the kernels of local/fast/gpu.py cannot run a model on a device, in a line; "" if they
+    can, which is tried on a block.
+    """
+    if model.norm_type not in WITH_KERNELS:
+        return f"there are none for {model.norm_type}"
+    if device.type != "cuda" or torch.version.hip:
+        return "they are for GPUs of NVIDIA"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "the GPU is too old"
+    try:
+        from local.fast import gpu
+
+        return gpu.find_difference(model, device)
+    except Exception as error:  # of several types: no Triton, or another version of it
+        return brief(error)
 
 
 def find_compiler_fault(device: torch.device) -> str:

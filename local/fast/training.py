@@ -40,15 +40,21 @@ class TrainingForward:
         memory: how much the backward pass recomputes. "none": only what lies between the products,
             so that a block saves three tensors; "some": everything but the input of each block;
             "most": everything but the input of each repeat.
-        compiled: let torch.compile fuse what lies between the products; the first step then takes a
-            minute or so.
+        compiled: let torch.compile fuse what lies between the products, and the two ends of the
+            model; the first step then takes up to a minute.
+        kernels: run what lies between the products by the Triton kernels of local/fast/gpu.py,
+            compiled or not. See `choose.find_kernel_fault` for where they work.
 
     Raises:
         ValueError: `memory` is none of MEMORY.
     """
 
     def __init__(
-        self, model: tasnet.ConvTasNetStereo, memory: str = "some", compiled: bool = False
+        self,
+        model: tasnet.ConvTasNetStereo,
+        memory: str = "some",
+        compiled: bool = False,
+        kernels: bool = False,
     ):
         if memory not in MEMORY:
             raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
@@ -57,6 +63,10 @@ class TrainingForward:
         self._batch_norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
         self._start, self._end = fuse(_start), fuse(decode)
         self._passes = BlockPasses(*map(fuse, BlockPasses()))
+        if kernels:
+            from local.fast import gpu  # needs Triton
+
+            self._passes = gpu.PASSES
 
     def __call__(self, mixture: Tensor) -> Tensor:
         """Separates.
@@ -69,8 +79,9 @@ class TrainingForward:
             return self._model(mixture)  # frozen statistics of BN have no fast forward
         weights, residual = self._start(self._model, mixture)
         scratch = self._make_scratch(residual)
-        for repeat in self._model.separator.network[2]:
-            residual = self._run(repeat, residual, scratch)
+        with torch.cuda.device_of(residual):  # Triton takes the current device
+            for repeat in self._model.separator.network[2]:
+                residual = self._run(repeat, residual, scratch)
         estimates = self._end(self._model, weights, residual)
         return F.pad(estimates, (0, mixture.shape[-1] - estimates.shape[-1]))
 
@@ -100,16 +111,17 @@ class TrainingForward:
 
     def _run_blocks(self, repeat: nn.Sequential, residual: Tensor, scratch: Scratch) -> Tensor:
         norm_type, saves_all = self._model.norm_type, self._memory == "none"
+        update = None
         for block in repeat:
             shape, weights = BlockShape.of(block, norm_type), BlockWeights.of(block)
-            residual, *moments = BlockFunction.apply(
-                self._passes, saves_all, scratch, shape, residual, *weights
+            residual, update, *moments = BlockFunction.apply(
+                self._passes, saves_all, scratch, shape, residual, update, *weights
             )
             if norm_type == "BN":
                 moments, frames = BlockMoments(*moments), residual.shape[0] * residual.shape[1]
                 _update_statistics(block.net[2], moments.before(), frames)
                 _update_statistics(block.net[3].net[-2], moments.after(), frames)
-        return residual
+        return residual + update
 
 
 def allow_tf32_products() -> None:

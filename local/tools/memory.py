@@ -41,6 +41,16 @@ def shared_memory() -> int:
     return max(0, int(min(psutil.virtual_memory().available, *_left_by_cgroups(), math.inf)))
 
 
+def free_gpu_memory(device) -> int:
+    """Return the bytes of a GPU's memory that this process may still take, with those that torch
+    holds for later.
+    """
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the machine had no memory left, also where a library has its own words."""
     if isinstance(error, OSError):
