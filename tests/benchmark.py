@@ -1,4 +1,4 @@
-"""What the model costs, by hand: python tests/benchmark.py separate|train|load|score [options]
+"""What the model costs, by hand: python tests/benchmark.py COMMAND [options]; see --help
 
 Needs torch and huggingface_hub alone, so that it runs on a bare machine with a GPU; load needs
 soundfile, too, and score all of requirements.txt.
@@ -34,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import textbook
 
 from local.fast.choose import find_compiler_fault, find_kernel_fault
+from local.fast.packed import find_precision_fault
 from local.fast.rows import tile_size
 from local.fast.training import TrainingForward, allow_tf32_products
 from local.inference import separate
 from local.streaming import StreamingConvTasNet
 from local.tasnet import ConvTasNetStereo
-from local.tools.choices import MEMORY, METHODS
+from local.tools.choices import MEMORY, METHODS, PRECISIONS
 
 RATE = 44100
 SIZES = dict(N=256, B=256, H=512, X=10, R=4)  # of the published models
@@ -50,12 +51,13 @@ MODELS = {
 }
 SHORTEST, LONGEST = 0.01, 3600.0  # seconds; below, there might be no frame to measure
 STREAM_SECONDS = 60.0  # beside the longest, to show that the memory of a stream does not grow
-BLOCKS_MS = (1, 5, 20, 200)
+BLOCKS_MS = (1.0, 5.0, 10.0, 20.0, 200.0)
+COMPARED_SECONDS = 4.0  # of a stream, with the textbook
 MATRIX_BURSTS, BURST = 10, 8
 WARM_UP_SAMPLES = RATE // 10
 WARM_UP_BLOCKS = 10
 TRAINING_SHAPES = {"cpu": (1, 1.0), "cuda": (4, 5.0)}  # batch size, seconds of an item
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 3  # after the first
 LOAD_SOURCES = ("vocals", "bass", "drums", "other")
 LOAD_TRACKS, LOAD_TRACK_SECONDS, LOAD_BATCH, LOAD_ROUNDS = 6, 20.0, 4, 5
@@ -75,9 +77,11 @@ SONG_COLUMNS = {  # key: heading, width, format
 }
 STREAM_COLUMNS = {
     "device": ("device", 6, ""),
+    "precision": ("precision", 9, ""),
     "block_ms": ("block ms", 8, ".0f"),
     "median_ms": ("median ms", 10, ".3f"),
     "p99_ms": ("99th % ms", 10, ".3f"),
+    "longest_ms": ("longest ms", 10, ".3f"),
     "rtf": ("RTF", 8, ".4f"),
     "matrix_share": ("matrix %", 8, ".1f"),
     "error": ("error", 8, ".1e"),
@@ -144,6 +148,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_separate(commands)
+    add_stream(commands)
     add_train(commands)
     add_load(commands)
     add_score(commands)
@@ -167,6 +172,22 @@ def add_separate(commands) -> None:
         help="of one more song in s, without the textbook; 0 for none [%(default)g]",
     )
     add_common(parser)
+
+
+def add_stream(commands) -> None:
+    parser = commands.add_parser("stream", help="the causal model block by block")
+    parser.set_defaults(run=benchmark_stream)
+    add = parser.add_argument
+    add("--seconds", type=seconds, default=60.0, help="of audio [%(default)g]")
+    add("--blocks", type=milliseconds, nargs="+", default=BLOCKS_MS, help="in ms [1 5 10 20 200]")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="[both, where the device has bf16]",
+    )
+    add_common(parser, with_repeats=False)
 
 
 def add_train(commands) -> None:
@@ -204,9 +225,10 @@ def add_score(commands) -> None:
     add("--json", type=Path, metavar="FILE", help="where to write all of it")
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser, with_repeats: bool = True) -> None:
     add = parser.add_argument
-    add("--repeats", type=count, default=3, help="the median is shown [%(default)s]")
+    if with_repeats:
+        add("--repeats", type=count, default=3, help="the median is shown [%(default)s]")
     add("--device", choices=["cpu", "cuda", "all"], default="all", help="[%(default)s]")
     add("--json", type=Path, metavar="FILE", help="where to write all of it")
     for name, size in SIZES.items():
@@ -227,6 +249,16 @@ def seconds(text: str) -> float:
 
 def seconds_or_none(text: str) -> float:
     return 0.0 if text == "0" else seconds(text)
+
+
+def milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"expected milliseconds from 0.1 to 10000, got {text!r}")
+    return value
 
 
 def count(text: str) -> int:
@@ -285,11 +317,8 @@ def benchmark_separate(args: argparse.Namespace) -> None:
         )
         print("overlap-add differs from it where a song is longer than one window.")
         songs = print_table(SONG_COLUMNS, song_rows(cases, lengths, args))
-        print(f"\nThe causal model as a stream, {lengths[0]:g} s in blocks.")
-        streamed = [case for case in cases if case.seconds == lengths[0] and case.model == "causal"]
-        streams = print_table(STREAM_COLUMNS, stream_rows(streamed, args.repeats))
     if args.json:
-        write_json(args.json, {"machine": machine, "separate": songs, "stream": streams})
+        write_json(args.json, {"machine": machine, "separate": songs})
 
 
 def choose_devices(wanted: str) -> list[str]:
@@ -328,11 +357,43 @@ def compare_methods(case: Case, methods: list[str], repeats: int) -> Iterator[di
         yield median_row([rows[method] for rows in rounds])
 
 
-def stream_rows(cases: list[Case], repeats: int) -> Iterator[dict]:
+def benchmark_stream(args: argparse.Namespace) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    machine = show_machine(args.device)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [
+            Case(device, "causal", args.seconds, sizes, Path(folder))
+            for device in choose_devices(args.device)
+        ]
+        print(f"\nThe causal model, {args.seconds:g} s in blocks; the error is the greatest of a")
+        print("sample, relative to the greatest sample of the textbook's estimates.")
+        streams = print_table(STREAM_COLUMNS, stream_rows(cases, args))
+    for text in describe_real_time(streams):
+        print(text)
+    if args.json:
+        write_json(args.json, {"machine": machine, "stream": streams})
+
+
+def stream_rows(cases: list[Case], args: argparse.Namespace) -> Iterator[dict]:
     for case in cases:
-        for block_ms in BLOCKS_MS:
-            rows = [measure(measure_stream, case, float(block_ms)) for _ in range(repeats)]
-            yield median_row(rows)
+        measure(save_reference, case)
+        for precision in args.precision:
+            if find_precision_fault(precision, torch.device(case.device)):
+                continue
+            for block_ms in args.blocks:
+                yield measure(measure_stream, case, block_ms, precision)
+
+
+def describe_real_time(streams: list[dict]) -> Iterator[str]:
+    for kind in dict.fromkeys((row["device"], row["precision"]) for row in streams):
+        blocks = [
+            f"{row['block_ms']:g} ms"
+            for row in streams
+            if (row["device"], row["precision"]) == kind and row["p99_ms"] <= row["block_ms"]
+        ]
+        shown = f"blocks of {', '.join(blocks)}" if blocks else "no block"
+        yield f"{' '.join(kind)}: {shown} in real time (99 pushes of 100 are shorter than a block)"
 
 
 def median_row(rows: list[dict]) -> dict:
@@ -405,10 +466,17 @@ def relative_error(case: Case, estimates: Tensor) -> float | None:
     return float((estimates - expected).norm() / expected.norm())
 
 
-def measure_stream(case: Case, block_ms: float) -> dict:
-    """The error is the greatest of a sample, relative to the greatest sample."""
+@torch.no_grad()
+def save_reference(case: Case) -> None:
+    """The textbook's estimates of the first seconds."""
     model, mixture = case.load()
-    stream = StreamingConvTasNet(model)
+    start = mixture[:, : round(COMPARED_SECONDS * RATE)]
+    torch.save(choose_method(case, model, "textbook")(start), case.reference)
+
+
+def measure_stream(case: Case, block_ms: float, precision: str) -> dict:
+    model, mixture = case.load()
+    stream = StreamingConvTasNet(model, precision)
     blocks = mixture.split(round(block_ms * RATE / 1000), dim=-1)
     for block in blocks[:WARM_UP_BLOCKS]:
         stream.push(block)
@@ -418,16 +486,20 @@ def measure_stream(case: Case, block_ms: float) -> dict:
     rate = (rate_before + matrix_rate(case)) / 2
     estimates = torch.cat([*(final for final, _ in pushes), stream.flush()], dim=-1)
     times = torch.tensor([push_s for _, push_s in pushes], dtype=torch.float64)
-    work_s, expected = times.sum().item(), torch.load(case.reference)
+    expected = torch.load(case.reference)
+    same = slice(expected.shape[-1] - stream.latency)  # its last samples lack what comes later
+    error = (estimates[..., same] - expected[..., same]).abs().max() / expected.abs().max()
     return {
         "device": case.device,
+        "precision": precision,
         "block_ms": block_ms,
         "median_ms": 1000 * times.median().item(),
         "p99_ms": 1000 * times.quantile(0.99).item(),
-        "rtf": work_s / case.seconds,
+        "longest_ms": 1000 * times.max().item(),
+        "rtf": times.sum().item() / case.seconds,
         "matrix_gflop_per_s": rate,
-        "matrix_share": 100 * count_gflop(model, mixture.shape[-1]) / work_s / rate,
-        "error": float((estimates - expected).abs().max() / expected.abs().max()),
+        "matrix_share": 100 * count_gflop(model, mixture.shape[-1]) / times.sum().item() / rate,
+        "error": float(error),
         "latency_ms": 1000 * stream.latency / RATE,
         "state_mb": stream.state_size / 1e6,
     }
@@ -544,7 +616,7 @@ def choose_steps(device: str, args: argparse.Namespace) -> list[Step]:
     if "compiled" in names and (fault := find_compiler_fault(torch.device(device))):
         names.remove("compiled")
         print(f"without torch.compile: {fault}")
-    precisions = ["float32"] if device == "cpu" else list(PRECISIONS)
+    precisions = ["float32"] if device == "cpu" else list(DTYPES)
     steps = [Step(name, memory, p) for p in precisions for name in names for memory in args.memory]
     return [Step("textbook"), *steps]
 
@@ -568,14 +640,14 @@ def measure_step(case: Training, step: Step) -> dict:
     allow_tf32_products()
     model, mixture, targets = case.load_batch()
     take = choose_step(case, model, step)
-    rate_before = matrix_rate(case, PRECISIONS[step.precision])
+    rate_before = matrix_rate(case, DTYPES[step.precision])
     memory_before = start_memory(case.device)
     loss, first_s = stopwatch(case.device, lambda: take(mixture, targets))
     error = gradient_error(case, model, step)
     times = [stopwatch(case.device, lambda: take(mixture, targets))[1] for _ in range(STEPS)]
     step_s = statistics.median(times)
     extra = peak_reserved(case.device) - memory_before
-    rate = (rate_before + matrix_rate(case, PRECISIONS[step.precision])) / 2
+    rate = (rate_before + matrix_rate(case, DTYPES[step.precision])) / 2
     # Forward, and backward to the inputs and to the weights.
     floor_s = 3 * case.batch * count_gflop(model, mixture.shape[-1]) / rate
     return {
@@ -620,7 +692,7 @@ def choose_step(case: Training, model: ConvTasNetStereo, step: Step) -> Callable
 
 
 def autocast(case: Training, step: Step) -> torch.autocast:
-    dtype = PRECISIONS[step.precision]
+    dtype = DTYPES[step.precision]
     return torch.autocast(case.device, dtype, enabled=dtype != torch.float32)
 
 
