@@ -42,7 +42,7 @@ def product_dtype(like: Tensor) -> torch.dtype:
 
 def upcast(rows: Tensor) -> Tensor:
     """To float32 at least: under autocast, products have a shorter type."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
 
 
 @lru_cache

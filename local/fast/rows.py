@@ -122,9 +122,9 @@ class RowDepthwise:
     """
 
     def __init__(self, conv: nn.Conv1d):
-        self._taps = conv.weight[:, 0].detach().t().contiguous().unbind()  # P of (H,)
-        self._dilation, self._before = conv.dilation[0], conv.padding[0]
-        self._reach = (len(self._taps) - 1) * self._dilation
+        taps, dilation = conv.weight[:, 0].detach().t().contiguous(), conv.dilation[0]  # (P, H)
+        self._taps = {p * dilation: tap for p, tap in enumerate(taps)}
+        self._before, self._reach = conv.padding[0], (len(taps) - 1) * dilation
         self.reset()
 
     @property
@@ -132,48 +132,52 @@ class RowDepthwise:
         return 0 if self._buffer is None else self._buffer.nbytes
 
     def reset(self) -> None:
-        self._buffer = None
+        self._buffer, self._size = None, 0  # in rows
         self._start, self._end = 0, self._before  # of the state
 
     def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
         """(..., K, H), not yet normalised by `norm` -> (..., K', H)."""
-        *batch, frames, _ = rows.shape
-        norm.write(rows, self._append(batch, frames))
-        return self._convolve()
+        frames = rows.shape[-2]
+        norm.write(rows, self._room(rows.shape[:-2], frames))
+        return self._convolve(frames)
 
     def finish(self) -> Tensor:
-        """The output for the zeros after the last frame."""
-        self._append(self._buffer.shape[:-2], self._reach - self._before).zero_()
-        mixed = self._convolve()
+        """The output for the zeros after the last frame. The next frame begins another track."""
+        frames = self._reach - self._before
+        self._room(self._buffer.shape[:-2], frames).zero_()
+        mixed = self._convolve(frames)
         self.reset()
         return mixed
 
-    def _append(self, batch: Sequence[int], frames: int) -> Tensor:
-        """Room for more rows behind the state."""
+    def _room(self, batch: Sequence[int], frames: int) -> Tensor:
+        """Where the next rows go, behind the state."""
+        if self._buffer is None or self._end + frames > self._size:
+            self._make_room(batch, frames)
+        return self._rows(self._end, frames)
+
+    def _make_room(self, batch: Sequence[int], frames: int) -> None:
+        """Moves the state to the front of the buffer, of a larger one where that is too small."""
+        old, size = self._buffer, self._end - self._start
         room = 2 * self._reach + frames
-        if self._buffer is None:
-            self._buffer = self._taps[0].new_zeros(*batch, room, len(self._taps[0]))
-        elif self._end + frames > self._buffer.shape[-2]:
-            size = self._end - self._start
-            state = self._rows(self._start, size)
-            if room > self._buffer.shape[-2]:
-                self._buffer = state.new_empty(*batch, room, state.shape[-1])
-            self._rows(0, size).copy_(state)
-            self._start, self._end = 0, size
-        self._end += frames
-        return self._rows(self._end - frames, frames)
+        if old is None or room > self._size:
+            like = self._taps[0]
+            self._buffer, self._size = like.new_zeros(*batch, room, len(like)), room
+        if old is not None:
+            self._rows(0, size).copy_(old.narrow(-2, self._start, size))
+        self._start, self._end = 0, size
 
     def _rows(self, start: int, frames: int) -> Tensor:
-        return self._buffer.narrow(-2, start, frames)  # a quarter of the time of indexing
+        return self._buffer.narrow(-2, start, frames)  # in a quarter of the time of indexing
 
-    def _convolve(self) -> Tensor:
-        """Takes all rows but those that the next frames need, too."""
-        frames = max(0, self._end - self._start - self._reach)
-        first, *others = self._taps
-        mixed = self._rows(self._start, frames) * first
-        for p, tap in enumerate(others, start=1):
-            mixed.addcmul_(self._rows(self._start + p * self._dilation, frames), tap)
+    def _convolve(self, new: int) -> Tensor:
+        """Takes new rows behind the state, and all before that the next frames do not need."""
+        self._end += new
+        start, frames = self._start, max(0, self._end - self._start - self._reach)
         self._start += frames
+        mixed = None
+        for shift, tap in self._taps.items():
+            rows = self._rows(start + shift, frames)
+            mixed = rows * tap if mixed is None else mixed.addcmul_(rows, tap)
         return mixed
 
 
