@@ -17,7 +17,7 @@ from local.eval.score_files import (
     summarise,
 )
 from local.musdb18_tracks import UNFIT_FOR_NAMES
-from local.tools.command_line import UserError, plural
+from local.tools.command_line import UserError, plural, suggest_path
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 # The published evaluation passes whole tracks through the model. "stream" gives the same numbers.
@@ -96,7 +96,7 @@ def find_scores(run: Path) -> dict[str, Path]:
         UserError: the folder holds no scores, those of several runs, or a track twice.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such folder")
+        raise UserError(f"{run}: no such folder{suggest_path(run)}")
     folder = scores_folder(run)
     files = sorted(
         path for path in folder.rglob("[!.]*") if path.name.endswith(SUFFIXES) and not path.is_dir()

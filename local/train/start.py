@@ -75,7 +75,8 @@ def _refuse_other_base(conf: dict, before: dict) -> None:
 
 def _refuse_contradictions(conf: dict, settings: dict, typed: tuple[str, ...]) -> None:
     faults = [
-        f"--{key} {conf[section][key]}: its model has {value}; omit the flag, or add --init_partial"
+        f"--{key} {conf[section][key]}: its model has {value}; omit the flag, or add"
+        " --init_partial yes"
         for section, keys in settings.items()
         for key, value in keys.items()
         if key in typed and conf[section][key] != value
