@@ -77,6 +77,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_absolute(path: Path | str) -> str:
+    """An absolute path without .., which a link may have before it."""
+    path = Path(path)
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
