@@ -202,4 +202,4 @@ def describe_validation(tracks: Sequence[Track], valid_tracks: Path | str | None
     """Which rule of `choose_validation` chose them, and their names."""
     rules = dict.fromkeys("valid/" if t.place.split == "valid" else "musdb's list" for t in tracks)
     rule = f"--valid_tracks {valid_tracks}" if valid_tracks else " and ".join(rules)
-    return f"by {rule}: {name_some(map(NAME, tracks))}"
+    return f"from {rule}: {name_some(map(NAME, tracks))}"

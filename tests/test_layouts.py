@@ -1,5 +1,6 @@
 """Data sets other than MUSDB18-HQ: several roots, pairs, stems of other names, other splits."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_several_roots_are_one_data_set(two_roots, tmp_path):
     assert names_of(pool(corpus, mine)) == names_of(pool(mine, corpus)) == expected
     screen = run_train(tmp_path, two_roots)
     assert f"{corpus} (4 tracks), {mine} (2 tracks)" in screen
+    assert "from musdb's list: " in screen
     conf = yaml.safe_load((tmp_path / "run" / "conf.yml").read_text())
     assert conf["data"]["root"] == [str(corpus), str(mine)]
     again = ["--conf", tmp_path / "run", "--exp_dir", tmp_path / "new", "--check"]
@@ -116,6 +118,7 @@ def test_a_validation_track_of_one_root_is_trained_on_in_none(two_roots, tmp_pat
     listed.write_text(f"{name} (mine)")
     screen = run_train(tmp_path, two_roots, "--valid_tracks", listed, "--check")
     assert f"1 track neither for training nor for validation: {name} (corpus)" in screen
+    assert f"from --valid_tracks {listed}: {name} (mine)" in screen
 
 
 def test_roots_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
@@ -283,6 +286,7 @@ def test_pairs_alone_train_and_are_evaluated(tmp_path):
     screen = run_train(tmp_path, [root])
     assert "3 tracks of vocals and a background" in screen
     assert "1 track whose background is the mixture minus the vocals" in screen
+    assert re.search("validation .*, from valid/: C$", screen, re.MULTILINE)
     shown = run_eval(tmp_path)
     assert shown.count("1 track without a mixture") == 1
     assert scored(tmp_path) == ["D", "E"]
