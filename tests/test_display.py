@@ -77,7 +77,7 @@ def test_times_are_readable(seconds, text):
         (0, 0, (20, -1), "3.3 min for 20 epochs"),
         (11, 0, (20, -1), "90.0 s for 9 more epochs"),
         (19, 8, (20, -1), "2.0 s for 1 more epoch"),
-        (1, 4, (-1, 12), "10.0 s for 7 more steps"),
+        (1, 4, (-1, 12), "10.0 s for 5 more steps"),
         (1, 0, (2, 100), "10.0 s for 1 more epoch"),
         (3, 0, (-1, -1), ""),
     ],

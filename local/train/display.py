@@ -133,13 +133,15 @@ def describe_rest(per_batch: float, before: int, trainer: pl.Trainer, training: 
         before: batches of this epoch that were done before.
     """
     epoch, epochs = trainer.num_training_batches, training["epochs"] - trainer.current_epoch
-    steps = training["max_steps"] - trainer.current_epoch * -(-epoch // training["aggregate"])
+    aggregate = training["aggregate"]
+    steps = training["max_steps"] - trainer.current_epoch * -(-epoch // aggregate)
+    steps -= before // aggregate
     more = "more " if trainer.current_epoch or before else ""
     limits = {}  # batches -> what they are
     if training["epochs"] > 0:
         limits[epoch * epochs - before] = plural(epochs, f"{more}epoch")
     if training["max_steps"] > 0:
-        limits[steps * training["aggregate"] - before] = plural(steps, f"{more}step")
+        limits[steps * aggregate] = plural(steps, f"{more}step")
     text = f"{describe_time(per_batch * epoch)} per epoch"
     if not limits:
         return text
