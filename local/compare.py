@@ -90,7 +90,7 @@ def compare(
     for name in FILES:
         if os.path.isdir(out / name):
             faults.append(f"--out: {out / name} is a folder; remove it, or name another --out")
-    raise_together(faults, heading="the comparison")
+    raise_together(faults)
 
     shared = published.merge(scores[["track", "target"]].drop_duplicates())
     if with_published and len(shared):

@@ -83,7 +83,7 @@ def convert_tree(root: Path, out: Path, rate: int, jobs: int) -> str:
         faults.append(f"--sample_rate must be at least 1, got {rate}")
     if out.resolve() == root.resolve():
         faults.append(f"OUT: {out} is ROOT; name another folder to write to")
-    raise_together(faults, heading="the flags")
+    raise_together(faults)
     folders = {place: out / place.split / place.own_name for place in list_places(root, [*SPLITS])}
     there = [folder for folder in folders.values() if folder.exists()]
     missing = {place: folder for place, folder in folders.items() if folder not in there}

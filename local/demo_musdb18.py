@@ -66,7 +66,7 @@ def make_demo(out: str | Path, seconds: float = 12.0, tracks: int = 8, seed: int
         faults.append(f"--tracks must be at least 1, got {tracks}")
     if seed < 0:
         faults.append(f"--seed must not be negative, got {seed}")
-    raise_together(faults, heading="the demo")
+    raise_together(faults)
     try:
         claim(out, {"seconds": float(seconds), "tracks": tracks, "seed": seed})
         folders = song_folders(out, tracks)

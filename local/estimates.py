@@ -142,7 +142,7 @@ class EstimateWriter:
         self.stack.__exit__(*error)
         if self.clipped and error[0] is None:
             clipped = plural(self.clipped, "sample")
-            print(f"{self.folder}: {clipped} beyond full scale clipped; see --float32")
+            print(f"{self.folder}: {clipped} clipped at full scale in these files; see --float32")
 
     def write(self, estimates: dict[str, np.ndarray]) -> None:
         """Append target -> (channels, T)."""

@@ -5,13 +5,14 @@ has four stems, or vocals and a background (a karaoke pair); a stem is a file or
 see tracks/stem_files.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
-from local.tools.command_line import UserError, plural
+from local.tools.command_line import UserError, plural, suggest, suggest_path
 from local.tracks.roots import UNFIT_FOR_NAMES, Roots, find_root_faults, list_places
 from local.tracks.stem_files import open_tracks, read_rules
-from local.tracks.track import SOURCES, TARGETS, DatasetError, Place, Track
+from local.tracks.track import SOURCES, TARGETS, DatasetError, Place, Track, shorten_faults
 
 # With what others know by this module.
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "Track",
     "choose_validation",
     "describe_layout",
+    "describe_validation",
     "find_data_faults",
     "find_tracks",
+    "name_some",
     "split_validation",
 ]
 
@@ -50,6 +53,8 @@ VALIDATION_TRACKS = (
 )
 
 
+MOST_NAMES = 3  # in a line
+NAME = attrgetter("name")
 TRAINING_SPLITS = ("train", "valid")  # a root without the second has its validation in the first
 
 
@@ -61,7 +66,10 @@ def find_data_faults(data: dict) -> list[str]:
     except UserError as error:
         faults.append(str(error))
     if data["valid_tracks"] and not Path(data["valid_tracks"]).is_file():
-        faults.append(f"--valid_tracks: no such file: {data['valid_tracks']}")
+        faults.append(
+            f"--valid_tracks: no such file: {data['valid_tracks']}; pass a file with the name of a"
+            f" track per line{suggest_path(data['valid_tracks'])}"
+        )
     return faults
 
 
@@ -154,11 +162,14 @@ def _read_names(path: Path | str, places: Sequence[Place]) -> set[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"--valid_tracks: cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"--valid_tracks: {path} cannot be read: {reason}") from None
     wanted = {line.strip() for line in lines if line.strip()}
     known = {name for place in places for name in (place.name, place.own_name)}
     if unknown := sorted(wanted - known):
-        raise DatasetError(f"--valid_tracks: not in train/ or valid/: {', '.join(unknown)}")
+        fault = f"--valid_tracks: {path}: not in train/ or valid/:"
+        lines = [f"{fault} {name}{suggest(name, known)}" for name in unknown]
+        raise DatasetError("\n".join(shorten_faults(lines)))
     return {place.name for place in places if {place.name, place.own_name} & wanted}
 
 
@@ -169,11 +180,26 @@ def describe_layout(tracks: Sequence[Track]) -> list[str]:
         track for track in pairs if any(part.sign < 0 for part in track.stems["accompaniment"])
     ]
     silent = [track for track in tracks if not all(track.stems.values())]
+    unused = [f"{track.name}/{file}" for track in silent for file in track.unused]
     summed = [track for track in tracks if "mixture" in track.stems and not track.has_mixture]
     texts = {
         "of vocals and a background": pairs,
         "whose background is the mixture minus the vocals": differences,
-        "with silence for a stem that is missing": silent,
+        f"with silence for a stem that is missing: {name_some(map(NAME, silent))}": silent,
         "without a mixture: the sum of the stems is taken": summed,
     }
-    return [f"{plural(len(found), 'track')} {text}" for text, found in texts.items() if found]
+    lines = [f"{plural(len(found), 'track')} {text}" for text, found in texts.items() if found]
+    return lines + [f"not used beside them: {name_some(unused)}"] * bool(unused)
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first names, with dots where there are more."""
+    names = list(names)
+    return ", ".join(names[:MOST_NAMES]) + " ..." * (len(names) > MOST_NAMES)
+
+
+def describe_validation(tracks: Sequence[Track], valid_tracks: Path | str | None = None) -> str:
+    """Which rule of `choose_validation` chose them, and their names."""
+    rules = dict.fromkeys("valid/" if t.place.split == "valid" else "musdb's list" for t in tracks)
+    rule = f"--valid_tracks {valid_tracks}" if valid_tracks else " and ".join(rules)
+    return f"from {rule}: {name_some(map(NAME, tracks))}"

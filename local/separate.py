@@ -29,6 +29,7 @@ from local.tools.command_line import (
     clear_errors,
     plural,
     raise_together,
+    suggest_path,
 )
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.memory import free_memory, is_out_of_memory
@@ -123,7 +124,8 @@ def find_stream_faults(args: Namespace) -> list[str]:
 
 def find_song_faults(args: Namespace) -> list[str]:
     exists = {song: os.path.isfile(song) or os.path.isdir(song) for song in args.songs}
-    faults = [f"no such file or folder: {song}" for song in args.songs if not exists[song]]
+    gone = [song for song in args.songs if not exists[song]]
+    faults = [f"no such file or folder: {song}{suggest_path(song)}" for song in gone]
     if not args.songs:
         faults.append("name a SONG, or use --stream")
     if args.block is not None:

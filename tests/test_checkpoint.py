@@ -173,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         "zip.pth": lambda path: torch.save({"state_dict": {"x": Payload()}}, path),
     }.items():
         write(tmp_path / name)
-        assert "not made of weights alone" in error_of(tmp_path / name)
+        assert "not made of plain data alone; name a best_model.pth" in error_of(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 

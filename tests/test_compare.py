@@ -144,6 +144,14 @@ def test_names_of_runs():
     assert list(runs) == ["a/out", "b/out", "OpenUnmix", "y/published causal"]
 
 
+def test_what_eval_wrote_is_named_with_its_training_run(tmp_path):
+    folders = [tmp_path / "a" / "out", tmp_path / "b" / "out" / "full", tmp_path / "c"]
+    for exp in ("a", "b"):
+        (tmp_path / exp).mkdir()
+        (tmp_path / exp / "best_model.pth").touch()
+    assert list(name_runs(folders, taken=[])[0]) == ["a/out", "b/out/full", "c"]
+
+
 def test_a_track_keeps_the_dots_of_its_name(tmp_path):
     write_run(tmp_path, tracks=(KNOCKOUT, "A.json"))
     assert set(read_table(run=tmp_path)["track"]) == {KNOCKOUT, "A.json"}
@@ -178,7 +186,7 @@ def test_the_medians_of_published_systems(tmp_path):
             assert re.search(rf"^{run} +50 +{median:.3f} ", text, re.MULTILINE)
     # These two published models are known by 15 tracks, which both systems have.
     assert re.search(r"^published causal +15 +5\.733 ", text, re.MULTILINE)
-    assert "vocals: the runs hold different tracks, 15 of them in all runs" in text
+    assert "the runs hold different tracks, 15 of them in all runs" in text
     assert "vocals: in 42 tracks the runs have scores of different frames" in text
     assert "accompaniment: nothing to pair, OpenUnmix or all others" in text
 
@@ -223,7 +231,8 @@ def test_what_is_not_comparable_is_said(tmp_path):
     write_scores(second, "Silent", {"vocals": [np.nan, np.nan]})
     text = compare([first, second], tmp_path / "out", with_published=False)
     assert "vocals: no frame of Silent has a score in second" in text
-    assert "vocals: the runs hold different tracks, 1 of them in all runs" in text
+    assert "vocals, accompaniment: the runs hold different tracks, 1 of them in all runs" in text
+    assert "paired differences are" in text
     assert "scores of different frames" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "second 1 2.500 2.500 2.500 2.500 50.0% 2.500" in lines
@@ -325,6 +334,25 @@ def test_only_whole_tracks_are_comparable_with_the_published_scores(
     assert (notes == []) is is_comparable
     for note in notes:
         assert "run: 1 track made with --method overlap-add" in note and "--method full" in note
+
+
+@pytest.mark.parametrize(
+    ("methods", "is_noted"),
+    [(("full", "overlap-add"), True), (("full", "stream"), False), (("full", "full"), False)],
+)
+def test_runs_of_different_methods(methods, is_noted, tmp_path):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    for run, method in zip(runs, methods, strict=True):
+        (run / "test" / f"{KNOCKOUT}.yml").write_text(f"made_with: {{method: {method}}}")
+    text = compare(runs, tmp_path / "out", with_published=False)
+    assert ("a by full; b by overlap-add" in text and "same --method" in text) is is_noted
+
+
+def test_runs_without_a_common_track(tmp_path):
+    first, second = (write_run(tmp_path / n, tracks=(f"Song{n}",)) for n in ("", " (mine)"))
+    text = compare([first, second], tmp_path / "out")
+    assert text.count("hold different tracks") == 1 and "no paired differences" in text
+    assert "Song (ROOT)" in text and "--root" in text
 
 
 def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path, error_of):

@@ -11,6 +11,7 @@ from local.tools import progress
 from local.train.display import (
     ProgressBar,
     ProgressLines,
+    describe_rest,
     describe_time,
     estimate_validation_memory,
 )
@@ -68,6 +69,24 @@ def test_without_bars_long_work_shows_lines(tmp_path, monkeypatch, capsys, every
 )
 def test_times_are_readable(seconds, text):
     assert describe_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("epoch", "before", "limits", "text"),
+    [
+        (0, 0, (20, -1), "3.3 min for 20 epochs"),
+        (11, 0, (20, -1), "90.0 s for 9 more epochs"),
+        (19, 8, (20, -1), "2.0 s for 1 more epoch"),
+        (1, 4, (-1, 12), "10.0 s for 5 more steps"),
+        (1, 0, (2, 100), "10.0 s for 1 more epoch"),
+        (3, 0, (-1, -1), ""),
+    ],
+)
+def test_a_forecast_counts_what_is_left(epoch, before, limits, text):
+    trainer = SimpleNamespace(num_training_batches=10, current_epoch=epoch)
+    training = {"epochs": limits[0], "max_steps": limits[1], "aggregate": 2}
+    found = describe_rest(1.0, before, trainer, training)
+    assert found == "10.0 s per epoch" + f", {text}" * bool(text)
 
 
 @pytest.mark.parametrize(

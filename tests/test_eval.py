@@ -211,7 +211,7 @@ def test_real_music_from_stem_mp4_through_training_to_scores(excerpts, tmp_path)
     (song,) = (path for path in packed.iterdir() if path.is_dir() and path.name != "test")
     assert sf.info(song / "vocals.wav").samplerate == 44100
     text = compare([packed, unpacked], tmp_path / "compared")
-    (line,) = (line for line in text.splitlines() if line.startswith("unpacked  SDR"))
+    (line,) = (line for line in text.splitlines() if line.startswith("run/unpacked  SDR"))
     assert line.split()[2:4] == ["1", "+0.00"]  # a track, and no difference
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from local.tools.files import is_foreign
+from local.tools.files import is_foreign, make_absolute
 
 
 @pytest.mark.smoke
@@ -22,3 +22,13 @@ def test_what_systems_and_programs_leave_is_no_data(name):
 @pytest.mark.parametrize("name", ["vocals.wav", "Lost + Found", "@eaDir live", "_", "#1", "$"])
 def test_ordinary_names_are_data(name):
     assert not is_foreign(Path(".cache/@eaDir") / name)
+
+
+def test_absolute_paths_hold_no_dots_and_keep_links(tmp_path, monkeypatch):
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    monkeypatch.chdir(tmp_path)
+    expected = {"link": "link", "link/../x": "far/x", "./new": "new", "../a": "../a"}
+    for path, meant in expected.items():
+        wanted = tmp_path.parent / "a" if meant == "../a" else tmp_path / meant
+        assert make_absolute(path) == str(wanted)

@@ -1,5 +1,6 @@
 """Data sets other than MUSDB18-HQ: several roots, pairs, stems of other names, other splits."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_several_roots_are_one_data_set(two_roots, tmp_path):
     assert names_of(pool(corpus, mine)) == names_of(pool(mine, corpus)) == expected
     screen = run_train(tmp_path, two_roots)
     assert f"{corpus} (4 tracks), {mine} (2 tracks)" in screen
+    assert "from musdb's list: " in screen
     conf = yaml.safe_load((tmp_path / "run" / "conf.yml").read_text())
     assert conf["data"]["root"] == [str(corpus), str(mine)]
     again = ["--conf", tmp_path / "run", "--exp_dir", tmp_path / "new", "--check"]
@@ -116,6 +118,7 @@ def test_a_validation_track_of_one_root_is_trained_on_in_none(two_roots, tmp_pat
     listed.write_text(f"{name} (mine)")
     screen = run_train(tmp_path, two_roots, "--valid_tracks", listed, "--check")
     assert f"1 track neither for training nor for validation: {name} (corpus)" in screen
+    assert f"from --valid_tracks {listed}: {name} (mine)" in screen
 
 
 def test_roots_of_one_name_are_told_apart_by_the_folders_above(tmp_path):
@@ -132,6 +135,7 @@ def test_faults_of_roots_come_together(two_roots, tmp_path, error_of):
     error = error_of(train.main, *command, tmp_path / "gone", mine, corpus)
     assert f"--root: no such folder: {tmp_path / 'gone'}" in error
     assert f"--root: {corpus} is named twice" in error
+    assert f"did you mean {mine}?" in error_of(train.main, *command, tmp_path / "min")
     assert f"--root: {tmp_path / 'empty'} holds no" in error_of(
         train.main, *command, tmp_path / "empty"
     )
@@ -246,6 +250,34 @@ def test_backgrounds_are_drawn_in_proportion(fours, pairs, tmp_path_factory):
     assert abs(items / count - share) < 5 * (share * (1 - share) / count) ** 0.5 + 1e-9
 
 
+def test_a_background_of_another_name_is_said_and_no_silence(tmp_path):
+    write_pair(tmp_path / "train" / "A", background="acompaniment.wav")
+    other = write_pair(tmp_path / "train" / "B", background="instrumental.wav")
+    (other / "instrumental.wav").rename(other / "instrumental.mp3")
+    for rule in ("error", "silent"):
+        with pytest.raises(DatasetError) as error:
+            pool(tmp_path, missing_stems=rule)
+        heading, *lines = str(error.value).splitlines()
+        assert "no_vocals" in heading and "--stem_names accompaniment=NAME" in heading
+        assert "--missing_stems" not in heading
+        assert ["acompaniment.wav" in line for line in lines] == [True, False]
+        assert "train/B" in lines[1] and "instrumental.mp3" in lines[1]
+    with pytest.raises(DatasetError, match="2 faults(.|\n)*--suffix"):
+        pool(tmp_path, suffix="flac")
+    shutil.rmtree(other)
+    (track,) = pool(tmp_path, stem_names="accompaniment=acompaniment")
+    assert [path.name for path in track.paths("accompaniment")] == ["acompaniment.wav"]
+
+
+def test_silent_stems_are_named_with_what_lies_beside_them(own_corpus):
+    folder = own_corpus / "train" / TRAIN_NAMES[0]
+    (folder / "bass.wav").rename(folder / "base.wav")
+    with pytest.raises(DatasetError, match=r"bass.wav or .flac: missing \(found base.wav"):
+        pool(own_corpus)
+    lines = describe_layout(pool(own_corpus, missing_stems="silent"))
+    assert f"missing: {TRAIN_NAMES[0]}" in lines[0] and f"{TRAIN_NAMES[0]}/base.wav" in lines[1]
+
+
 def test_pairs_alone_train_and_are_evaluated(tmp_path):
     root = tmp_path / "songs"
     for seed, place in enumerate(("train/A", "train/B", "valid/C", "test/D", "test/E")):
@@ -254,6 +286,7 @@ def test_pairs_alone_train_and_are_evaluated(tmp_path):
     screen = run_train(tmp_path, [root])
     assert "3 tracks of vocals and a background" in screen
     assert "1 track whose background is the mixture minus the vocals" in screen
+    assert re.search("validation .*, from valid/: C$", screen, re.MULTILINE)
     shown = run_eval(tmp_path)
     assert shown.count("1 track without a mixture") == 1
     assert scored(tmp_path) == ["D", "E"]
@@ -270,6 +303,9 @@ def test_a_background_of_another_length_is_refused(tmp_path):
     folder = write_pair(tmp_path / "train" / "Song")
     sf.write(folder / "accompaniment.wav", np.zeros((100, 2)), RATE)
     with pytest.raises(DatasetError, match="train/Song: files of different lengths"):
+        pool(tmp_path)
+    sf.write(folder / "accompaniment.wav", np.zeros((100, 2)), 2 * RATE)
+    with pytest.raises(DatasetError, match="1 fault in(.|\n)*--sample_rate"):
         pool(tmp_path)
 
 
@@ -334,7 +370,7 @@ def test_a_missing_stem_is_a_fault_or_silence(tmp_path):
 def test_faults_of_stem_names(text, words):
     with pytest.raises(UserError, match=words) as error:
         read_stem_names(text)
-    assert "--stem_names" in str(error.value)
+    assert str(error.value).count("--stem_names") == 1
 
 
 def test_stem_names_of_a_run_hold_in_evaluation(tmp_path):

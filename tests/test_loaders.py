@@ -1,9 +1,12 @@
+import os
 import threading
+import warnings
 from collections import namedtuple
 
 import pytest
 import torch
 from conftest import RATE, TINY_RUN
+from torch.utils.data import DataLoader
 
 import train
 from local.config import parse_conf
@@ -11,6 +14,7 @@ from local.musdb18_dataset import TrackDataset
 from local.musdb18_tracks import DatasetError, find_tracks
 from local.train import loaders
 from local.train.loaders import TrackLoader, find_shared_memory_faults
+from local.train.quiet import WARNINGS
 
 Usage = namedtuple("Usage", "free")
 
@@ -61,6 +65,15 @@ def test_a_fault_is_raised_where_its_track_is_due(own_corpus):
     next(loaded)
     with pytest.raises(DatasetError, match=f"{tracks[1].path('bass')}: cannot be read"):
         next(loaded)
+
+
+def test_more_workers_than_cores_are_no_warning():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        DataLoader([0], num_workers=os.cpu_count() + 1)
+    assert shown == []
 
 
 def make_conf(*flags) -> dict:

@@ -150,7 +150,7 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
         scores = {
             "targets": [{"name": "vocals", "frames": [{"metrics": dict.fromkeys(METRICS, 6)}]}]
         }
-        for run_name in ("OUT", "OUT-full"):
+        for run_name in ("OUT", "OUT-full", "START"):
             (tmp_path / "exp" / run_name / "test").mkdir(parents=True)
             (tmp_path / "exp" / run_name / "test" / "A.json").write_text(json.dumps(scores))
     if kind == "python -m local.demo_musdb18":

@@ -251,7 +251,9 @@ def test_clipped_samples_are_counted(flags, tmp_path, capsys, monkeypatch):
     sf.write(tmp_path / "song.wav", np.full((100, 2), 2.5), RATE, "FLOAT")
     monkeypatch.setattr("local.estimates.load_separator", lambda checkpoint: Halves())
     separate_songs(tmp_path / "song.wav", *flags)
-    assert "400 samples beyond full scale clipped; see --float32" in capsys.readouterr().out
+    assert (
+        "400 samples clipped at full scale in these files; see --float32" in capsys.readouterr().out
+    )
     assert read(tmp_path / "out" / "song")["vocals"].max() == 32767 / 32768
 
 

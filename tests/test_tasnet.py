@@ -233,7 +233,8 @@ def test_serialize_gives_plain_data_and_every_argument(tmp_path):
     [
         ("no/such/file.pth", "no such file or folder: no/such/file.pth"),
         ("exp/best_model.pth", "no such file or folder: exp/best_model.pth"),
-        ("nobody/NoSuchModel", "nobody/NoSuchModel: .*from the hub"),
+        ("nobody/NoSuchModel", "nobody/NoSuchModel: .*hub.*check the name or the connection"),
+        ("exp/demos", "no such file or folder: exp/demos; did you mean exp/demo[?]"),
         ("empty", "empty: not a usable folder"),
         ("other.pth", "other.pth: holds a DPTNet"),
         ("published.pth", "published.pth: holds no model_args.*load_model"),
@@ -244,6 +245,7 @@ def test_load_says_what_is_no_model(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "exp" / "demo").mkdir(parents=True)
     content = small_model().serialize()
     torch.save({**content, "model_name": "DPTNet"}, "other.pth")
     torch.save({"state_dict": content["state_dict"]}, "published.pth")
@@ -252,6 +254,20 @@ def test_load_says_what_is_no_model(source, words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=words) as error:
         ConvTasNetStereo.load(source)
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capfd):
+    asked = []
+
+    def fail(url):
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("local.tools.weights.get_hf_file_metadata", fail)
+    with pytest.raises(ValueError, match="nobody/NoSuchModel: .*cannot be reached"):
+        ConvTasNetStereo.load("nobody/NoSuchModel")
+    assert len(asked) == 1 and "nobody/NoSuchModel" in asked[0]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_every_length_is_valid():

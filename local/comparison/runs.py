@@ -17,7 +17,7 @@ from local.eval.score_files import (
     summarise,
 )
 from local.musdb18_tracks import UNFIT_FOR_NAMES
-from local.tools.command_line import UserError, plural
+from local.tools.command_line import UserError, plural, suggest_path
 
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 # The published evaluation passes whole tracks through the model. "stream" gives the same numbers.
@@ -28,7 +28,8 @@ MOST_DB = 10_000  # no ratio of two float64 numbers is larger
 
 
 def name_runs(folders: list[Path], taken: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
-    """Name each run by the shortest end of its path that no other run has.
+    """Name each run by the shortest end of its path that no other run has; of what eval.py wrote
+    into the folder of a training run, with the name of that folder.
 
     Args:
         taken: names that no run may have.
@@ -49,7 +50,9 @@ def name_runs(folders: list[Path], taken: Iterable[str]) -> tuple[dict[str, Path
 
 
 def short_name(path: Path, others: list[Path]) -> str:
-    for size in range(1, len(path.parts) + 1):
+    parents = enumerate(path.parents, start=2)
+    least = next((size for size, parent in parents if (parent / "best_model.pth").is_file()), 1)
+    for size in range(least, len(path.parts) + 1):
         end = path.parts[-size:]
         if not any(other.parts[-size:] == end for other in others if other != path):
             break
@@ -96,7 +99,7 @@ def find_scores(run: Path) -> dict[str, Path]:
         UserError: the folder holds no scores, those of several runs, or a track twice.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such folder")
+        raise UserError(f"{run}: no such folder{suggest_path(run)}")
     folder = scores_folder(run)
     files = sorted(
         path for path in folder.rglob("[!.]*") if path.name.endswith(SUFFIXES) and not path.is_dir()
@@ -150,20 +153,29 @@ def read_published() -> pd.DataFrame:
     return table.assign(run="published " + table.pop("model"), metric="SDR")
 
 
-def find_method_notes(runs: dict[str, Path]) -> list[str]:
-    """Return the runs that the published scores are not comparable with, a line each.
+def find_method_notes(runs: dict[str, Path], with_published: bool = True) -> list[str]:
+    """Return what the methods of separation make incomparable, a line each: runs and the published
+    scores, and runs with one another.
 
     A run is known by the records of eval.py beside its scores; other systems have none.
     """
-    notes = []
+    notes, methods = [], {}
     for run, folder in runs.items():
-        methods = Counter(map(read_method, find_scores(folder).values()))
-        others = {m: count for m, count in methods.items() if m not in (None, *PUBLISHED_METHODS)}
+        counts = Counter(map(read_method, find_scores(folder).values()))
+        methods[run] = sorted(counts.keys() - {None})
         notes += [
-            f"{run}: {plural(count, 'track')} made with --method {method}, not comparable with the"
-            " published scores; run eval.py --method full for that"
-            for method, count in others.items()
+            f"{run}: {plural(counts[method], 'track')} made with --method {method}, not comparable"
+            " with the published scores; run eval.py --method full for that"
+            for method in methods[run]
+            if with_published and method not in PUBLISHED_METHODS
         ]
+    used = set().union(*methods.values())
+    if len(used) > 1 and used != set(PUBLISHED_METHODS):
+        shown = "; ".join(f"{run} by {' and '.join(m)}" for run, m in methods.items() if m)
+        notes.append(
+            f"separated by different methods: {shown}; for models to be compared, run eval.py with"
+            " the same --method"
+        )
     return notes
 
 

@@ -1,5 +1,6 @@
 """The text of comparison.txt."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -40,8 +41,8 @@ def describe(runs: dict[str, Path], scores: pd.DataFrame, differences: pd.DataFr
 
 
 def method_notes(runs: dict[str, Path], scores: pd.DataFrame) -> list[str]:
-    """Return which runs the published scores in the table are not comparable with, a line each."""
-    return find_method_notes(runs) if set(scores["run"]) - set(runs) else []
+    """Return what the methods make incomparable, of the runs and published scores in the table."""
+    return find_method_notes(runs, with_published=bool(set(scores["run"]) - set(runs)))
 
 
 def summary_table(scores: pd.DataFrame, target: str) -> list[str]:
@@ -82,22 +83,39 @@ def find_notes(scores: pd.DataFrame) -> list[str]:
         f"{row.target}: no frame of {row.track} has a score in {row.run}, so no median counts it"
         for row in sdr[sdr["median"].isna()].itertuples()
     ]
+    differing: dict[str, list[str]] = {}  # how the tracks of runs differ -> of which targets
     for target in order_targets(sdr["target"]):
         of_target = sdr[sdr["target"] == target]
         held = of_target.dropna(subset="median").groupby("run")["track"].agg(frozenset)
         if held.nunique() > 1:
-            notes.append(
-                f"{target}: the runs hold different tracks, {len(frozenset.intersection(*held))}"
-                " of them in all runs; medians over different tracks are not comparable, paired"
-                " differences are"
-            )
+            differing.setdefault(_describe_tracks(held, sdr["run"].iloc[0]), []).append(target)
         uneven = (of_target.groupby("track")["nan_share"].nunique() > 1).sum()
         if uneven:
             notes.append(
                 f"{target}: in {plural(uneven, 'track')} the runs have scores of different frames;"
                 " museval gives none where any of the targets it scores together is silent"
             )
-    return notes
+    return notes + [f"{', '.join(targets)}: {text}" for text, targets in differing.items()]
+
+
+def _describe_tracks(held: pd.Series, baseline: str) -> str:
+    """Return how the tracks of runs differ.
+
+    Args:
+        held: run -> the tracks that have a score.
+    """
+    shared = frozenset.intersection(*held)
+    paired = [held[run] & held.get(baseline, shared) for run in held.index if run != baseline]
+    text = f"the runs hold different tracks, {len(shared)} of them in all runs; medians over"
+    text += " different tracks are not comparable"
+    if any(paired):
+        return f"{text}, paired differences are"
+    text += f", and there are no paired differences: no other run has a track of {baseline}"
+    # eval.py calls tracks "NAME (ROOT)" where several roots have NAME.
+    own_names = [{re.sub(r" \([^()]+\)$", "", name) for name in names} for names in held]
+    if same := sorted(set.intersection(*own_names)):
+        text += f"; some call {same[0]} {same[0]} (ROOT): run eval.py with the same --root"
+    return text
 
 
 def difference_table(differences: pd.DataFrame, target: str, baseline: str) -> list[str]:

@@ -11,7 +11,7 @@ from local.eval.tracks import TestTrack
 from local.fast.choose import describe_fast
 from local.musdb18_tracks import Track, describe_layout
 from local.tools.choices import MISSING_STEMS, SUFFIX
-from local.tools.command_line import UserError, plural, raise_together
+from local.tools.command_line import UserError, plural, raise_together, suggest_path
 from local.tools.ffmpeg import need_ffmpeg
 from local.tools.files import read_yaml
 from local.tools.ranks import Ranks
@@ -43,6 +43,7 @@ def check_flags(args: Namespace) -> None:
     if not args.checkpoint and not (args.exp_dir / "best_model.pth").is_file():
         faults.append(
             f"--exp_dir: {args.exp_dir} holds no best_model.pth; train first, or pass --checkpoint"
+            + suggest_path(args.exp_dir)
         )
     try:
         need_ffmpeg()

@@ -9,6 +9,7 @@ import soundfile as sf
 
 from local.eval.scoring import Signals, plan_passes
 from local.musdb18_tracks import TARGETS
+from local.tools.choices import OTHER_SUFFIXES
 from local.tools.command_line import plural, raise_together
 from local.tools.files import is_foreign, stamp_files
 from local.tools.sound_files import describe_fault, read_header
@@ -16,7 +17,6 @@ from local.tracks.roots import find_name_faults
 from local.tracks.track import shorten_faults
 
 SUFFIXES = (".wav", ".flac")
-OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
 
 Files = dict[str, Path]  # target -> its file
 
@@ -115,7 +115,7 @@ class Report:
         ]
 
     def raise_faults(self) -> None:
-        raise_together(shorten_faults(self.faults), "the folders")
+        raise_together(shorten_faults(self.faults))
 
 
 def find_folder_tracks(references: Path, estimates: Path) -> tuple[list[FolderTrack], list[str]]:

@@ -41,7 +41,7 @@ def find_songs(named: list[Path], out: Path) -> tuple[dict[Path, Path], dict[Pat
             if folder not in songs and folder.name != _name(song):
                 print(f"{song}: goes to {folder}, as {_name(song)} is the name of another song")
             songs[folder] = song
-    raise_together(faults, heading="the songs")
+    raise_together(faults)
     return songs, unreadable
 
 

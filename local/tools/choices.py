@@ -14,6 +14,7 @@ PRECISIONS = ("float32", "bf16")
 MEMORY = ("none", "some", "most")
 SCORERS = ("bsseval", "museval")
 SUFFIXES = ("wav", "flac")  # of the files of a data set
+OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
 SUFFIX = ("auto", *SUFFIXES)  # what --suffix may be
 SPLITS = ("train", "valid", "test")
 MISSING_STEMS = ("error", "silent")

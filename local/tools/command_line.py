@@ -122,16 +122,32 @@ def raise_together(faults: list[str], heading: str = "") -> None:
     if len(faults) == 1:
         raise UserError(f"{heading}: {faults[0]}" if heading else faults[0])
     if faults:
-        lines = [f"{heading or 'the configuration'}: {len(faults)} faults", *faults]
-        raise UserError("\n  ".join(lines))
+        count = f"{len(faults)} faults"
+        raise UserError("\n  ".join([f"{heading}: {count}" if heading else count, *faults]))
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean" and the name that was probably meant; "" where there is none."""
+def suggest(word: str, known: Iterable[str], folder: Path = Path()) -> str:
+    """Return "; did you mean" and the name that was probably meant; "" where there is none.
+
+    Args:
+        folder: that the names are in, which is shown before them.
+    """
     names = sorted(known)
     longer = [name for name in names if name.startswith(word)]
     found = longer[:3] or difflib.get_close_matches(word, names, n=1, cutoff=0.75)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    shown = " or ".join(str(folder / name) for name in found)
+    return f"; did you mean {shown}?" if found else ""
+
+
+def suggest_path(path: Path | str) -> str:
+    """As `suggest`, of a path that is not there, up to its first part that is not."""
+    path = Path(path)
+    steps = (*reversed(path.parents), path)
+    missing = next((step for step in steps if not os.path.exists(step)), None)
+    if missing is None:
+        return ""
+    names = [path.name for path in missing.parent.glob("[!.]*")]
+    return suggest(missing.name, names, missing.parent)
 
 
 def brief(error: BaseException, most: int = 300) -> str:

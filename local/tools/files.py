@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from local.tools.command_line import UserError, brief
+from local.tools.command_line import UserError, brief, suggest_path
 
 LONGEST_NAME = 255 - len("..tmp")  # bytes, of a file or folder that `atomic_path` can write
 # What systems put into any folder, in small letters.
@@ -77,6 +77,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_absolute(path: Path | str) -> str:
+    """An absolute path without .., which a link may have before it."""
+    path = Path(path)
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -113,7 +119,8 @@ def read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        fault = f"{path}: cannot be read: {' '.join(str(error).split())}"
+        raise UserError(fault + suggest_path(path)) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as convtasnet: and training:")
     return content

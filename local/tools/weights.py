@@ -13,15 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from torch.torch_version import TorchVersion
 
 from local import __version__
-from local.tools.command_line import UserError, brief
+from local.tools.command_line import UserError, brief, suggest_path
 from local.tools.files import atomic_path
 
 FILE_SUFFIXES = (".pth", ".ckpt")
+REMEDY = "name a best_model.pth, a .ckpt or a run's folder"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,15 +61,19 @@ class HubModel(PyTorchModelHubMixin):
                     f"{path}: holds no model_args; local.checkpoint.load_model reads such files"
                 )
             return restore_model(path, content, lambda: cls(**content["model_args"]))
-        if not path.is_dir() and not (
-            HUB_NAME.fullmatch(str(source)) and path.suffix not in FILE_SUFFIXES
-        ):
-            raise UserError(f"no such file or folder: {source}")
+        is_folder = path.is_dir()
+        if not is_folder and not _is_hub_name(source):
+            raise UserError(f"no such file or folder: {source}{suggest_path(path)}")
+        is_offline = not is_folder and not _has_answer_of_hub(str(source))
         try:
             with redirect_stdout(sys.stderr):  # the hub's client prints, and stdout may be samples
-                return cls.from_pretrained(str(source)).eval()
+                return cls.from_pretrained(str(source), local_files_only=is_offline).eval()
         except Exception as error:  # whatever the hub's client, safetensors and torch raise
-            kind = "folder" if path.is_dir() else "name: no such file or folder, and from the hub"
+            if is_offline and isinstance(error, LocalEntryNotFoundError):
+                fault = f"{source}: no such file or folder, and none from the hub, which cannot be"
+                remedy = "check the name or the connection"
+                raise UserError(f"{fault} reached; {remedy}{suggest_path(path)}") from None
+            kind = "folder" if is_folder else "name: no such file or folder, and from the hub"
             raise UserError(f"{source}: not a usable {kind}: {brief(error)}") from None
 
     def arguments(self) -> dict:
@@ -85,6 +92,26 @@ class HubModel(PyTorchModelHubMixin):
             "state_dict": self.state_dict(),
             "infos": {"software_versions": software_versions()},
         }
+
+
+def _is_hub_name(source: str | Path) -> bool:
+    """Whether a source that is not there may be a repository of the hub. It is taken for a path
+    where its first part is a folder, as in exp/demos beside exp/demo.
+    """
+    path = Path(source)
+    is_path = path.suffix in FILE_SUFFIXES or os.path.isdir(path.parent)
+    return bool(HUB_NAME.fullmatch(str(source))) and not is_path
+
+
+def _has_answer_of_hub(name: str) -> bool:
+    """Whether the hub can be reached, for its client would try again for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
+    except HfHubHTTPError:
+        pass  # an answer, that it has no such file, say
+    except Exception:  # of several kinds
+        return False
+    return True
 
 
 def software_versions() -> dict[str, str]:
@@ -138,10 +165,10 @@ def load_checkpoint(path: Path) -> dict:
         content = load_weights_only(path)
     except Exception as error:
         raise UserError(
-            f"{path}: damaged, cut short, or not made of weights alone: {brief(error)}"
+            f"{path}: damaged, cut short or another kind of file: {brief(error)}; {REMEDY}"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path}: holds no state_dict, so it is no model")
+        raise UserError(f"{path}: holds no state_dict, so it is no model; {REMEDY}")
     return content
 
 

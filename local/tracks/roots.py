@@ -10,6 +10,7 @@ from pathlib import Path
 
 from local.stems import STREAMS, SUFFIX, stem_files, track_name
 from local.tools.choices import SUFFIXES
+from local.tools.command_line import suggest_path
 from local.tools.files import is_foreign
 from local.tracks.track import DatasetError, Place, raise_dataset_faults
 
@@ -34,7 +35,11 @@ def find_root_faults(roots: Roots) -> list[str]:
     if not given or not all(map(str, given)):
         return ["--root is needed: the MUSDB18-HQ folder, with train/ and test/"]
     roots = list_roots(roots)
-    faults = [f"--root: no such folder: {root}" for root in roots if not os.path.isdir(root)]
+    faults = [
+        f"--root: no such folder: {root}{suggest_path(root)}"
+        for root in roots
+        if not os.path.isdir(root)
+    ]
     real = [root.resolve() for root in roots]
     again = [root for number, root in enumerate(roots) if root.resolve() in real[:number]]
     return faults + [f"--root: {root} is named twice; name it once" for root in again]

@@ -3,16 +3,17 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from local.tools.choices import SUFFIXES
+from local.tools.choices import OTHER_SUFFIXES, SUFFIXES
 from local.tools.command_line import UserError, raise_together, suggest
 from local.tools.sound_files import read_header
 from local.tracks.track import SOURCES, Part, Place, Track, raise_dataset_faults, sum_parts
 
 # Names of the background of a karaoke pair; where several are there, the first is taken.
 BACKGROUNDS = ("accompaniment", "instrumental", "no_vocals", "background")
+NO_OTHERS = "no background and no other stem"
 STEMS = (*SOURCES, "accompaniment", "mixture")  # which --stem_names may name
 
 
@@ -52,17 +53,17 @@ def read_stem_names(text: str) -> dict[str, list[str]]:
     for word in words:
         stem, _, files = word.partition("=")
         if not stem or not all(files.split(",")):
-            faults.append(f"--stem_names: expected STEM=NAME or STEM=NAME,NAME, got {word!r}")
+            faults.append(f"expected STEM=NAME or STEM=NAME,NAME, got {word!r}")
         elif stem not in STEMS:
             known = f"{', '.join(STEMS)}{suggest(stem, STEMS)}"
-            faults.append(f"--stem_names: there is no stem {stem}, of {known}")
+            faults.append(f"there is no stem {stem}, of {known}")
         elif stem in names:
-            faults.append(f"--stem_names: {stem} is named twice; use {stem}=NAME,NAME")
+            faults.append(f"{stem} is named twice; use {stem}=NAME,NAME")
         else:
             names[stem] = files.split(",")
     files = StemRules(names=names).taken
     faults += [
-        f"--stem_names: {name} is named more than once; a file is part of one stem"
+        f"{name} is named more than once; a file is part of one stem"
         for name in sorted({name for name in files if files.count(name) > 1})
     ]
     raise_together(faults, heading="--stem_names")
@@ -97,7 +98,13 @@ def _find_remedies(root: Path, rate: int, faults: list[str]) -> list[str]:
     if any("(--sample_rate)" in fault or "2 channels" in fault for fault in faults):
         command = f"python -m local.convert {shlex.quote(str(root))} OUT"
         remedies.append(f"{command} --sample_rate {rate} makes them stereo, at that rate")
-    if any(": missing" in fault for fault in faults):
+    if any(NO_OTHERS in fault for fault in faults):
+        names = f"{', '.join(BACKGROUNDS[:-1])} or {BACKGROUNDS[-1]}"
+        remedies.append(
+            f"the background of a karaoke pair is {names}, in wav or flac, or named by"
+            " --stem_names accompaniment=NAME"
+        )
+    if any(fault.endswith(": missing") for fault in faults):
         remedies.append("--missing_stems silent takes silence for what is missing")
     return remedies
 
@@ -116,7 +123,9 @@ def _open_track(
         stems["mixture"] = finder.find("mixture", optional=True) or sum_parts(stems.values())
     faults += [f"{place}/{fault}" for fault in finder.faults]
     track = open_files(place, rate, stems, faults)
-    return None if finder.faults else track
+    if finder.faults or not track:
+        return None
+    return replace(track, unused=tuple(finder.unused))
 
 
 class Finder:
@@ -135,11 +144,37 @@ class Finder:
 
         Any of bass, drums and other makes a track of SOURCES.
         """
-        if not any(map(self.has, SOURCES[1:])) and (background := self.find_background()):
-            return {"vocals": self.find("vocals"), "accompaniment": background}
+        if not any(map(self.has, SOURCES[1:])):
+            if background := self.find_background():
+                return {"vocals": self.find("vocals"), "accompaniment": background}
+            if self.unused and not self.faults:
+                self.faults.append(self._describe_unknown())
+            if self.faults:
+                return {"vocals": self.find("vocals")} if self.has("vocals") else {}
         if self.rules.silent and not any(map(self.has, SOURCES)):
             self.faults.append("vocals: missing, as are all other stems; remove the folder")
         return {stem: self.find(stem) for stem in SOURCES}
+
+    @property
+    def unused(self) -> list[str]:
+        """The audio files in the folder that are nothing by their names."""
+        names = (*STEMS, *BACKGROUNDS, *self.rules.taken)
+        known = {file for name in names for file in self.match(name)}
+        audio = (*(f".{suffix}" for suffix in SUFFIXES), *OTHER_SUFFIXES)
+        return [
+            file
+            for file in self.listing
+            if file not in known and file[0] != "." and file.casefold().endswith(audio)
+        ]
+
+    def _describe_unknown(self) -> str:
+        """The fault of a folder whose files may be a background or stems of other names."""
+        found = ", ".join(self.unused)
+        if vocals := self.match("vocals"):
+            return f"{vocals[0]}: {NO_OTHERS} beside it (found {found})"
+        return (
+            f"vocals: missing, as are all other stems (found {found}: see --suffix, --stem_names)"
+        )
 
     def find_background(self) -> tuple[Part, ...]:
         """The parts of the background of a karaoke pair; none where there is none."""
@@ -185,7 +220,8 @@ class Finder:
         elif others:
             self.faults.append(f"{shown}: missing (found {', '.join(others)}: see --suffix)")
         elif not (optional or self.rules.silent):
-            self.faults.append(f"{shown}: missing")
+            near = f" (found {', '.join(self.unused)}: see --stem_names)" if self.unused else ""
+            self.faults.append(f"{shown}: missing{near}")
         return ()
 
     def match(self, name: str) -> list[str]:
@@ -198,7 +234,7 @@ def open_files(
     place: Place, rate: int, stems: dict[str, tuple[Part, ...]], faults: list[str]
 ) -> Track | None:
     """The track of some stems; or None, with what is wrong with a file appended to `faults`."""
-    known, lengths = len(faults), {}
+    known, lengths, rates = len(faults), {}, set()
     for name in dict.fromkeys(part.file for part in sum_parts(stems.values())):
         path, where = place.path / name, f"{place}/{name}"
         try:
@@ -207,13 +243,14 @@ def open_files(
             faults.append(f"{where}: {error}")
             continue
         lengths[name] = info.frames
+        rates.add(info.samplerate)
         if info.frames == 0:
             faults.append(f"{where}: no samples")
         if info.channels != 2:
             faults.append(f"{where}: expected 2 channels, got {info.channels}")
         if info.samplerate != rate:
             faults.append(f"{where}: expected {rate} Hz (--sample_rate), got {info.samplerate} Hz")
-    if len(set(lengths.values())) > 1:
+    if len(set(lengths.values())) > 1 and len(rates) == 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         faults.append(f"{place}: files of different lengths, in samples: {found}")
     if len(faults) > known:

@@ -59,12 +59,14 @@ class Track:
     Args:
         stems: stem -> its parts, of which it is the sum; without any, it is silent. The stems are
             SOURCES, or for a karaoke pair TARGETS, and "mixture" where it was asked for.
+        unused: audio files in the folder that are nothing by their names.
     """
 
     place: Place
     rate: int
     length: int
     stems: dict[str, tuple[Part, ...]] = field(compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:

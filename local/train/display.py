@@ -98,7 +98,10 @@ class Forecast(pl.Callback):
             peak = measure_peak_memory(trainer)
             if trainer.is_global_zero:
                 say(self._describe_memory(peak, pl_module))
-                say(self._describe_time(per_batch, trainer, pl_module.config["training"]))
+                before = batch_idx + 1 - self._batches
+                text = describe_rest(per_batch, before, trainer, pl_module.config["training"])
+                measured = plural(self._last - self._first, "batch", "batches")
+                say(f"{'time':<11}{text}, measured on {measured}, without validation")
 
     def _describe_memory(self, peak: float, system: pl.LightningModule) -> str:
         if system.device.type == "cuda":
@@ -121,18 +124,28 @@ class Forecast(pl.Callback):
             f" validation track ({describe_time(track.seconds)}), not measured"
         )
 
-    def _describe_time(self, per_batch: float, trainer: pl.Trainer, training: dict) -> str:
-        epoch, epochs = trainer.num_training_batches, training["epochs"]
-        limits = {
-            epoch * epochs: plural(epochs, "epoch"),
-            training["max_steps"] * training["aggregate"]: plural(training["max_steps"], "step"),
-        }
-        run = min((batches for batches in limits if batches > 0), default=0)
-        whole = f" {describe_time(per_batch * run)} for {limits[run]}," if run else ""
-        return (
-            f"{'time':<11}{describe_time(per_batch * epoch)} per epoch,{whole} measured on"
-            f" {plural(self._last - self._first, 'batch', 'batches')}, without validation"
-        )
+
+def describe_rest(per_batch: float, before: int, trainer: pl.Trainer, training: dict) -> str:
+    """How long an epoch takes, and what is to be done from the start of this process.
+
+    Args:
+        per_batch: seconds.
+        before: batches of this epoch that were done before.
+    """
+    epoch, epochs = trainer.num_training_batches, training["epochs"] - trainer.current_epoch
+    aggregate = training["aggregate"]
+    steps = training["max_steps"] - trainer.current_epoch * -(-epoch // aggregate)
+    steps -= before // aggregate
+    more = "more " if trainer.current_epoch or before else ""
+    limits = {}  # batches -> what they are
+    if training["epochs"] > 0:
+        limits[epoch * epochs - before] = plural(epochs, f"{more}epoch")
+    if training["max_steps"] > 0:
+        limits[steps * aggregate] = plural(steps, f"{more}step")
+    text = f"{describe_time(per_batch * epoch)} per epoch"
+    if not limits:
+        return text
+    return f"{text}, {describe_time(per_batch * min(limits))} for {limits[min(limits)]}"
 
 
 def estimate_validation_memory(system: pl.LightningModule, samples: int) -> int:

@@ -11,7 +11,12 @@ from local import __version__
 from local.fast.choose import choose_fast, describe_fast
 from local.fast.recompute import find_recomputed
 from local.musdb18_dataset import SegmentDataset, TrackDataset
-from local.musdb18_tracks import TRAINING_SPLITS, describe_layout
+from local.musdb18_tracks import (
+    TRAINING_SPLITS,
+    describe_layout,
+    describe_validation,
+    name_some,
+)
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError, plural
 from local.tracks.roots import list_places, list_roots
@@ -21,8 +26,6 @@ from local.train.preflight import describe_versions
 from local.train.recipe import describe_object, describe_optimizer, list_schedules
 from local.train.run_folder import describe_disk
 from local.train.start import describe_start
-
-MOST_NAMES = 3  # of tracks, in a line
 
 
 def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None, base=None) -> str:
@@ -42,13 +45,14 @@ def describe_run(system: pl.LightningModule, trainer: pl.Trainer, resumed=None, 
     batches = count_batches(conf, len(train_set), trainer.world_size)
     parameters = sum(parameter.numel() for parameter in system.model.parameters())
     how = "whole tracks" if training["valid_method"] == "full" else training["valid_method"]
+    chosen = describe_validation(valid_set.tracks, data["valid_tracks"])
     rows = {
         "model": f"{describe_model(system.model)}, {parameters:,} parameters,"
         f" {data['sample_rate']} Hz",
         **describe_start(conf, system.model, base),
         "runs as": _describe_forward(system.model, training),
         "training": f"{_describe_tracks(train_set)}, in random segments of {data['segment']} s",
-        "validation": f"{_describe_tracks(valid_set)}, {how}",
+        "validation": f"{_describe_tracks(valid_set)}, {how}, {chosen}",
         "data": _describe_data(data["root"], [*train_set.tracks, *valid_set.tracks]),
         "epoch": f"{len(train_set)} items = {plural(batches, 'batch', 'batches')} of"
         f" {training['batch_size']} per device,"
@@ -127,7 +131,7 @@ def _describe_data(roots, tracks: list) -> str:
     if unused:
         notes.append(
             f"{plural(len(unused), 'track')} neither for training nor for validation:"
-            f" {', '.join(unused[:MOST_NAMES])}{' ...' * (len(unused) > MOST_NAMES)}"
+            f" {name_some(unused)}"
         )
     return ("\n" + " " * 11).join([", ".join(shown), *notes])
 

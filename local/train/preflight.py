@@ -20,7 +20,7 @@ from local.musdb18_tracks import (
     find_tracks,
 )
 from local.tools.choices import SUFFIX
-from local.tools.command_line import UserError, raise_together
+from local.tools.command_line import UserError, raise_together, suggest_path
 from local.tools.socket_folder import make_socket_folder
 from local.tracks.track import raise_dataset_faults
 from local.train.run_folder import find_folder_faults, is_used
@@ -54,7 +54,8 @@ def check_run(conf: dict, options: dict, make_datasets: Callable[[dict, list[Tra
             f"--resume never: {exp_dir} holds a run already; name another --exp_dir, or delete it"
         )
     if resume not in ("auto", "never") and not Path(resume).is_file():
-        faults.append(f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}")
+        fault = f"--resume must be auto, never or a last-*.ckpt; no such file: {resume}"
+        faults.append(fault + suggest_path(resume))
     if is_first and conf["main_args"]["exp_dir"]:
         parameters = count_parameters(conf) if is_valid else 0
         faults += find_folder_faults(exp_dir, conf["training"], parameters)

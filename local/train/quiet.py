@@ -6,6 +6,7 @@ import warnings
 
 WARNINGS = (
     ".*does not have many workers",
+    "This DataLoader will create",  # more workers than there are cores
     ".*isinstance.treespec, LeafSpec",
     r"Found \d+ module\(s\) in eval mode",  # frozen BN
     # Of resumed runs.

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from local.tools.command_line import UserError
-from local.tools.files import atomic_path, locked
+from local.tools.files import atomic_path, locked, make_absolute
 
 MORE_CHECKPOINTS = 3  # than the best: the last two, and one that is being written
 WEIGHT_BYTES = 4  # of a parameter
@@ -124,10 +124,10 @@ def write_settings(conf: dict, resumed=None) -> None:
             _record_changes(exp_dir, resumed)
         for key in ("root", "valid_tracks"):  # relative ones hold in this folder alone
             if isinstance(value := conf["data"][key], list):
-                conf["data"][key] = [str(Path(each).absolute()) for each in value]
+                conf["data"][key] = [make_absolute(each) for each in value]
             elif value:
-                conf["data"][key] = str(Path(value).absolute())
-        saved = {**conf, "main_args": {**conf["main_args"], "exp_dir": str(exp_dir.absolute())}}
+                conf["data"][key] = make_absolute(value)
+        saved = {**conf, "main_args": {**conf["main_args"], "exp_dir": make_absolute(exp_dir)}}
         with atomic_path(exp_dir / "conf.yml") as temporary:
             text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from local.checkpoint import find_weights, load_with_arguments
 from local.keys import KEYS
 from local.models import model_args, model_name, model_settings
 from local.tools.command_line import UserError, plural, raise_together
-from local.tools.files import sha256
+from local.tools.files import make_absolute, sha256
 from local.tools.progress import say
 from local.train.resume import find_saved_conf
 
@@ -49,7 +49,7 @@ def find_base(conf: dict, options: dict) -> nn.Module | None:
         _refuse_contradictions(conf, settings, typed)
     _take_settings(conf, settings, typed)
     path = Path(source)
-    training |= {"init": str(path.absolute() if path.exists() else path), "init_sha256": file_hash}
+    training |= {"init": make_absolute(path) if path.exists() else source, "init_sha256": file_hash}
     return loaded.model
 
 
@@ -75,7 +75,8 @@ def _refuse_other_base(conf: dict, before: dict) -> None:
 
 def _refuse_contradictions(conf: dict, settings: dict, typed: tuple[str, ...]) -> None:
     faults = [
-        f"--{key} {conf[section][key]}: its model has {value}; omit the flag, or add --init_partial"
+        f"--{key} {conf[section][key]}: its model has {value}; omit the flag, or add"
+        " --init_partial yes"
         for section, keys in settings.items()
         for key, value in keys.items()
         if key in typed and conf[section][key] != value
