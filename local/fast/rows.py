@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from local import tasnet
 from local.fast.packed import PackedLinear, upcast
 
-
 MOST_KEPT = 256  # rows whose room a convolution keeps for the next; 58 ms of the published models
 
 
