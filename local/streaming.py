@@ -92,8 +92,9 @@ class StreamingConvTasNet:
             self._pending = self._pending.expand(*block.shape[:-1], -1)
             self._tail = self._tail.expand(*block.shape[:-2], -1, -1, -1)
         pieces = block.split(tile_size(block.device) * self._rows.hop, dim=-1)
-        with self._autocast():
-            return torch.cat([self._push_tile(piece) for piece in pieces], dim=-1)
+        with torch.inference_mode(), self._autocast():
+            estimates = [self._push_tile(piece) for piece in pieces]
+        return torch.cat(estimates, dim=-1)  # outside, for tensors that autograd takes
 
     def _push_tile(self, block: Tensor) -> Tensor:
         rows = self._rows

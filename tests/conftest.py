@@ -87,6 +87,12 @@ def write_corpus(root: Path, suffix="wav") -> Path:
     return root
 
 
+# For a script: the most memory that its process has held, in MB. ru_maxrss would include what
+# pytest held when it started the process.
+PEAK_MB = "int(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]) / 1024"
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+
+
 def write_flac_of_unknown_length(path: Path) -> None:
     """A second, as ffmpeg writes it to a pipe."""
     command = f"ffmpeg -v error -f lavfi -i sine=sample_rate={RATE}:duration=1 -ac 2 -f flac -"

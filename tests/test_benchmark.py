@@ -4,7 +4,7 @@ from pathlib import Path
 
 import benchmark
 import pytest
-from conftest import ROOT, run_command, run_python
+from conftest import ROOT, run_command, run_python, slow
 
 TINY = ["--N", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"]
 
@@ -69,6 +69,7 @@ def test_streams_agree_with_the_textbook(tmp_path):
         assert row["state_mb"] > 0
 
 
+@slow
 def test_training_steps_agree_with_the_textbook(tmp_path):
     flags = ["--seconds", "0.2", "--batch", "2", "--repeats", "1", "--device", "cpu"]
     costs, printed = run(tmp_path, "train", *TINY, *flags, "--compile", "no")

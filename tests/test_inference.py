@@ -1,13 +1,14 @@
 import itertools
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    PEAK_MB,
     ROOT,
     forward,
+    linux,
     load_golden,
     load_golden_model,
     model_confs,
@@ -374,8 +375,8 @@ def test_full_under_autocast_is_near_the_plain_forward_under_autocast(norm_type,
     assert (estimates - exact).norm() < max(2 * (plain - exact).norm(), 1e-2 * exact.norm())
 
 
-MEMORY = """
-import resource, sys, torch
+MEMORY = f"""
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -387,7 +388,7 @@ model = ConvTasNetStereo(
 ).eval()
 separate(model, torch.zeros(1, 44100), method)  # what is paid once
 mixture = torch.zeros(1, 44100 * seconds).normal_()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: {PEAK_MB}
 before = peak()
 estimates = separate(model, mixture, method)
 print(peak() - before - estimates.nbytes / 2**20)
@@ -401,13 +402,13 @@ def megabytes(method: str, kind: str, seconds: int, blocks: int) -> float:
     return float(result.stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units")
+@linux
 def test_memory_of_stream_does_not_grow_with_the_song():
     # The hidden channels of 100 s alone would be 108 MB.
     assert megabytes("stream", "causal", 100, 4) < megabytes("stream", "causal", 30, 4) + 15
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units")
+@linux
 def test_memory_of_full_is_that_of_two_tensors_at_any_depth():
     # 60 s: residual 16.1 MB, hidden channels 64.6 MB.
     for blocks in (2, 8):

@@ -3,7 +3,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import PEAK_MB, ROOT, linux, run_python
 from torch import nn
 
 import local.needs
@@ -25,12 +25,13 @@ def flags(**others) -> Namespace:
     return Namespace(**{**FLAGS, **others})
 
 
+@linux
 @pytest.mark.parametrize("fast", ["auto", "no"])
 @pytest.mark.parametrize("method", ["full", "overlap-add"])
 def test_a_separation_needs_what_it_takes(method, fast, tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(f"""
-import argparse, pathlib, sys
+import argparse, sys
 sys.path.insert(0, {str(ROOT)!r})
 import psutil, torch
 from local.inference import separate
@@ -43,9 +44,7 @@ run = lambda mixture: separate(model, mixture, {method!r}, 20.0, 0.1, fast={fast
 run(torch.randn(2, 4410))
 before = psutil.Process().memory_info().rss
 run(torch.randn(2, 30 * 44100))
-# ru_maxrss would include what pytest held when it started this process.
-peak = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-print(1024 * int(peak) - before)
+print(2**20 * {PEAK_MB} - before)
 print(separation_bytes(model, 30, flags) - WORKSPACE)
 """)
     result = run_python(script, own_process=True)

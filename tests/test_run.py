@@ -61,19 +61,25 @@ def test_later_stages_need_the_first(tmp_path):
     assert (result.returncode, "start with --stage 0" in result.stderr) == (2, True)
 
 
-@needs_venv
-def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
+@pytest.fixture
+def run_once(tmp_path) -> tuple[Path, Path, list, subprocess.CompletedProcess]:
+    """(project, folder of the caller, flags, result) of a run on a data set beside the caller."""
     checkout, caller = copy_project(tmp_path / "check out"), tmp_path / "caller"
     write_corpus(caller / "my data")
     args = ["--root", "my data", "--tag", "t", *TINY_RUN]
-    result = run_sh(checkout, *args, cwd=caller)
+    return checkout, caller, args, run_sh(checkout, *args, cwd=caller)
+
+
+@needs_venv
+def test_a_root_beside_the_caller_is_trained_and_evaluated_once(run_once):
+    checkout, caller, args, result = run_once
     assert result.returncode == 0, result.stderr
     exp_dir = checkout / "exp" / "t"
     assert str(exp_dir / "best_model.pth") in result.stdout
     assert (exp_dir / "eval" / TEST_NAMES[0] / "vocals.wav").is_file()
     assert list(caller.iterdir()) == [caller / "my data"]
 
-    before, results = write_times(exp_dir), (exp_dir / "eval" / "results.txt").read_text()
+    before = write_times(exp_dir)
     again = run_sh(checkout, *args, cwd=caller)
     assert again.returncode == 0, again.stderr
     assert "is finished, after 1 epoch" in again.stdout
@@ -83,10 +89,17 @@ def test_a_root_beside_the_caller_is_trained_and_evaluated_once(tmp_path):
     del kept[exp_dir / "eval" / "final_metrics.json"]  # of all tracks: written anew
     assert kept.items() <= write_times(exp_dir).items()
 
+
+@needs_venv
+@slow
+def test_a_run_is_evaluated_otherwise_looked_at_and_extended(run_once):
+    checkout, caller, args, _ = run_once
+    results = checkout / "exp" / "t" / "eval" / "results.txt"
+    before = results.read_text()
     evaluated = run_sh(checkout, "--stage", "2", "--tag=t", "--eval", "--method", "full")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "method full" in evaluated.stdout
-    assert (exp_dir / "eval" / "results.txt").read_text() == results  # tracks of one window
+    assert results.read_text() == before  # tracks of one window
 
     looked = write_times(checkout / "exp")
     for tag in ("t", "new"):

@@ -12,10 +12,13 @@ import pytest
 import soundfile as sf
 import torch
 from conftest import (
+    PEAK_MB,
     ROOT,
+    linux,
     make_stems,
     random_model,
     run_python,
+    slow,
     start_python,
     write_song,
     write_times,
@@ -395,7 +398,11 @@ def test_full_says_what_memory_it_needs_and_is_not_tried_without(
     assert "--method overlap-add needs about 0.1 GB" in error and "--segment below" in error
 
 
-@pytest.mark.parametrize("kind, method", [("non-causal", "overlap-add"), ("causal", "stream")])
+@linux
+@pytest.mark.parametrize(
+    "kind, method",
+    [("non-causal", "overlap-add"), pytest.param("causal", "stream", marks=slow)],
+)
 def test_memory_does_not_grow_with_the_song(kind, method, checkpoints, tmp_path):
     """Of ffmpeg's reading, resampling, separating and writing; 1,000 s are 380 MB in all files."""
     peaks = []
@@ -413,15 +420,15 @@ def test_memory_does_not_grow_with_the_song(kind, method, checkpoints, tmp_path)
     assert peaks[1] < peaks[0] + 30
 
 
-PEAK = """
-import resource, sys
+PEAK = f"""
+import sys
 sys.path.insert(0, sys.argv[1])
 from local.separate import main
 try:
     main(sys.argv[2:])
 except SystemExit as end:
     assert end.code == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print({PEAK_MB})
 """
 
 

@@ -2,7 +2,7 @@ import tempfile
 from multiprocessing import util
 
 import pytest
-from conftest import ROOT, TINY_RUN, run_python
+from conftest import ROOT, TINY_RUN, run_python, slow
 
 from local.tools import socket_folder
 from local.tools.command_line import UserError
@@ -38,6 +38,7 @@ def test_without_a_short_folder_there_is_a_line(tmp_path, monkeypatch, chosen):
     assert not chosen
 
 
+@slow
 def test_workers_run_in_a_long_tmpdir(corpus, tmp_path):
     """Training, then scoring; with processes that read TMPDIR at their own start."""
     folder = tmp_path / ("x" * 110)

@@ -133,6 +133,13 @@ def test_the_state_is_small_and_stays_where_it_is():
     assert engine.state_size == 4 * (rows + 2 * (8 - 1) + 2 * 2 * (8 - 4))
 
 
+def test_estimates_can_be_part_of_a_graph():
+    engine, weight = StreamingConvTasNet(make_model()), torch.ones(1, requires_grad=True)
+    for estimates in (engine.push(torch.randn(2, 100)), engine.flush()):
+        (estimates * weight).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
 def test_estimates_are_of_the_models_dtype():
     engine = StreamingConvTasNet(make_model())
     assert engine.push(torch.randn(2, 100).double()).dtype == torch.float32
