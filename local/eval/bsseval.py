@@ -77,7 +77,7 @@ def energies(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
         - references, estimates: (sources, samples, channels)
         - output: (2, sources), float64
     """
-    references = references.astype(np.float64)
+    references = references.astype(np.float64, copy=False)
     errors = references - estimates
     return np.stack([np.einsum("stc,stc->s", x, x) for x in (references, errors)])
 
