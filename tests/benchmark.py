@@ -59,6 +59,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 3  # after the first
 LOAD_SOURCES = ("vocals", "bass", "drums", "other")
 LOAD_TRACKS, LOAD_TRACK_SECONDS, LOAD_BATCH, LOAD_ROUNDS = 6, 20.0, 4, 5
+COLD_SECONDS, COLD_ROUNDS = 240.0, 3  # of a track, as items seldom share a part of its files
 
 SONG_COLUMNS = {  # key: heading, width, format
     "device": ("device", 6, ""),
