@@ -125,15 +125,19 @@ def separate_and_score(
     Returns:
         (the scored tracks, track -> why it has no scores).
     """
+    import torch
+
     from local.estimates import list_targets, save_estimates
-    from local.eval.jobs import choose_jobs
+    from local.eval.jobs import choose_jobs, choose_threads
     from local.eval.pool import ScoringPool
     from local.eval.score_files import remove_track
-    from local.needs import describe_failure, separation_bytes
+    from local.needs import describe_failure, separation_bytes, separation_seconds
 
     needs = {track: separation_bytes(model, track.seconds, args) for track in records}
     most, targets = max(needs.values(), default=0), len(list_targets(model))
     jobs = args.jobs or choose_jobs(records, args.scorer, ranks.local_count, most, targets)
+    work = separation_seconds(model), args.scorer, targets
+    torch.set_num_threads(choose_threads(torch.get_num_threads(), *work))
     with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank, targets) as pool:
         for number, (track, record) in enumerate(records.items(), start=1):
             title = f"[{number}/{len(records)}] {track.name}"

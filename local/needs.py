@@ -1,5 +1,6 @@
-"""How much memory the separation of a track needs, before it is tried."""
+"""How much memory and time the separation of a track needs, before it is tried."""
 
+import math
 from argparse import Namespace
 
 import torch
@@ -13,6 +14,18 @@ from local.tools.memory import free_gpu_memory, is_out_of_memory
 
 MOST_WINDOWS = 4  # in a batch of overlap-add
 WORKSPACE = 100e6  # bytes that do not grow with the track, of the published models (measured)
+PRODUCTS = 16e9  # multiplications and additions of a core in a second (measured of small models)
+
+
+def separation_seconds(model: nn.Module) -> float:
+    """Return about how long one core takes to separate a second of audio.
+
+    It is infinite for models other than ConvTasNetStereo, of which it is not known.
+    """
+    if not isinstance(model, ConvTasNetStereo):
+        return math.inf
+    frames = model.samplerate / model.encoder.hop
+    return frames * sum(weights.numel() for weights in model.parameters()) / PRODUCTS
 
 
 def separation_bytes(

@@ -91,6 +91,7 @@ STREAM_COLUMNS = {
 LOAD_COLUMNS = {
     "loader": ("loader", 14, ""),
     "workers": ("workers", 7, "d"),
+    "page_cache": ("page cache", 10, ""),
     "items_per_s": ("items/s", 8, ".1f"),
     "per_core": ("per core", 8, ".1f"),
     "speed": ("speed x", 8, ".2f"),
@@ -749,11 +750,37 @@ class TextbookItems:
         return audio.flip(0) if draws[3] < 0.5 else audio
 
 
+class ColdItems:
+    """Items whose files are dropped from the kernel's page cache before each batch.
+
+    So they are read from the disk, as those of a data set that is larger than the memory.
+    """
+
+    def __init__(self, items, files: list[Path]):
+        self.items, self.files = items, files
+
+    def __getitem__(self, position):
+        self.drop_files()
+        return self.items[position]
+
+    def __getitems__(self, positions: list):
+        self.drop_files()
+        if hasattr(self.items, "__getitems__"):
+            return self.items.__getitems__(positions)
+        return [self.items[position] for position in positions]
+
+    def drop_files(self) -> None:
+        for file in self.files:
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def benchmark_load(args: argparse.Namespace) -> None:
     machine = show_machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_noise(Path(folder), "train", LOAD_TRACKS, max(LOAD_TRACK_SECONDS, args.seconds))
-        print(f"\nItems of {args.seconds:g} s; speed is relative to the textbook's.")
+        print(f"\nItems of {args.seconds:g} s; speed is relative to the textbook's. Where the page")
+        print("cache is cold, files are read from the disk, unless they are in a tmpfs.")
         rows = print_table(LOAD_COLUMNS, load_rows(Path(folder), args))
     if args.json:
         write_json(args.json, {"machine": machine, "load": rows})
@@ -781,25 +808,32 @@ def load_rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
 
     tracks, length = find_tracks(root, "train", RATE), round(args.seconds * RATE)
     dataset = SegmentDataset(tracks, length, -(-args.items * args.workers // len(tracks)))
-    textbook_items, sampler = TextbookItems(tracks, length), EpochSampler(len(dataset))
+    all_items = {"textbook": TextbookItems(tracks, length), "SegmentDataset": dataset}
     torch.set_num_threads(1)  # as in a worker
-    one_core = {
-        "textbook": lambda: map(textbook_items.__getitem__, range(args.items)),
-        "SegmentDataset": lambda: (dataset[0, index] for index in range(args.items)),
-    }
-    yield from compare_loaders(one_core, args.items, workers=0)
+    os.sync()  # what is not written yet stays in the cache
+    files = [path for track in tracks for path in track.paths()]
+    cold_items = {name: ColdItems(items, files) for name, items in all_items.items()}
+    for page_cache, chosen in {"warm": all_items, "cold": cold_items}.items():
+        one_core = {
+            name: lambda items=items: map(items.__getitem__, range(args.items))
+            for name, items in chosen.items()
+        }
+        yield from compare_loaders(one_core, args.items, 0, page_cache)
 
-    options = dict(batch_size=LOAD_BATCH, num_workers=args.workers, persistent_workers=True)
-    loaders = {
-        "textbook": DataLoader(textbook_items, sampler=range(len(dataset)), **options),
-        "SegmentDataset": DataLoader(dataset, sampler=sampler, collate_fn=keep_batch, **options),
-    }
-    items = LOAD_BATCH * len(loaders["textbook"])
-    starts = {name: loader.__iter__ for name, loader in loaders.items()}
-    yield from compare_loaders(starts, items, args.workers)
+        options = dict(batch_size=LOAD_BATCH, num_workers=args.workers, persistent_workers=True)
+        own = dict(sampler=EpochSampler(len(dataset)), collate_fn=keep_batch)
+        loaders = {
+            "textbook": DataLoader(chosen["textbook"], sampler=range(len(dataset)), **options),
+            "SegmentDataset": DataLoader(chosen["SegmentDataset"], **own, **options),
+        }
+        items = LOAD_BATCH * len(loaders["textbook"])
+        starts = {name: loader.__iter__ for name, loader in loaders.items()}
+        yield from compare_loaders(starts, items, args.workers, page_cache)
 
 
-def compare_loaders(starts: dict[str, Callable], items: int, workers: int) -> Iterator[dict]:
+def compare_loaders(
+    starts: dict[str, Callable], items: int, workers: int, page_cache: str
+) -> Iterator[dict]:
     """A row per loader: the medians over rounds in which they take turns, after one to warm up."""
     times = {name: [] for name in starts}
     for _ in range(LOAD_ROUNDS + 1):
@@ -810,6 +844,7 @@ def compare_loaders(starts: dict[str, Callable], items: int, workers: int) -> It
         yield {
             "loader": name,
             "workers": workers,
+            "page_cache": page_cache,
             "items_per_s": items / taken,
             "per_core": items / taken / max(workers, 1),
             "speed": seconds["textbook"] / taken,

@@ -1,5 +1,7 @@
 import argparse
+import itertools
 import json
+import os
 from pathlib import Path
 
 import benchmark
@@ -95,12 +97,29 @@ def test_without_a_compiler_the_other_steps_are_measured(monkeypatch, capsys):
 
 def test_items_are_loaded_by_both_loaders(tmp_path):
     costs, _ = run(tmp_path, "load", "--seconds", "0.5", "--items", "12", "--workers", "2")
-    shown = [(row["loader"], row["workers"]) for row in costs["load"]]
+    shown = [(row["page_cache"], row["workers"], row["loader"]) for row in costs["load"]]
     names = ("textbook", "SegmentDataset")
-    assert shown == [(name, workers) for workers in (0, 2) for name in names]
+    assert shown == list(itertools.product(("warm", "cold"), (0, 2), names))
     for row in costs["load"]:
         assert row["items_per_s"] == pytest.approx(row["per_core"] * max(row["workers"], 1))
         assert row["loader"] != "textbook" or row["speed"] == 1
+
+
+@pytest.mark.parametrize("of_a_batch", ["__getitem__", "__getitems__"])
+def test_cold_items_are_dropped_from_the_page_cache_first(of_a_batch, tmp_path, monkeypatch):
+    done, files = [], [tmp_path / name for name in "ab"]
+    for file in files:
+        file.touch()
+
+    class Items:
+        pass
+
+    items = benchmark.ColdItems(Items(), files)
+    setattr(Items, of_a_batch, lambda self, position: done.append(position))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: done.append(args[1:]))
+    items[7] if of_a_batch == "__getitem__" else items.__getitems__([7, 8])
+    dropped = 2 * [(0, 0, os.POSIX_FADV_DONTNEED)]
+    assert done == [*dropped, 7 if of_a_batch == "__getitem__" else [7, 8]]
 
 
 def test_scores_are_measured_against_museval(tmp_path):

@@ -136,6 +136,14 @@ def test_segment_and_overlap_reach_the_separation(results, experiment, corpus, t
     np.testing.assert_allclose(saved, expected, atol=1e-6)
 
 
+def test_a_small_model_leaves_cores_to_scoring(experiment, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    evaluate("--exp_dir", experiment, "--out_dir", tmp_path / "out")
+    assert chosen == [1]
+
+
 def test_method_full_is_the_whole_forward(experiment, corpus, tmp_path, capsys):
     flags = ["--exp_dir", experiment, "--out_dir", tmp_path, "--method", "full", "--float32"]
     evaluate(*flags)

@@ -14,6 +14,7 @@ from local.needs import (
     count_windows,
     describe_failure,
     separation_bytes,
+    separation_seconds,
 )
 from local.tasnet import ConvTasNetStereo
 
@@ -70,6 +71,13 @@ def test_what_is_separated_at_once_needs_memory_beside_the_signals():
     assert excess(stream, method="full", fast="no") > 0
     in_blocks = separation_bytes(model, math.inf, flags(), in_blocks=True)
     assert in_blocks == pytest.approx(WORKSPACE + excess(model))
+
+
+def test_more_weights_or_frames_take_longer():
+    seconds = separation_seconds(ConvTasNetStereo(**SIZES))
+    assert separation_seconds(ConvTasNetStereo(**SIZES | {"X": 2})) > 1.4 * seconds
+    assert separation_seconds(ConvTasNetStereo(**SIZES | {"samplerate": 88200})) == 2 * seconds
+    assert separation_seconds(nn.Conv1d(2, 4, 1)) == math.inf  # not known
 
 
 def test_of_another_model_the_signals_alone_are_known():

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from conftest import RATE, ROOT, make_record, run_python, write_track
 from test_scoring import make_estimates
 from threadpoolctl import threadpool_info
 
-from local.eval.jobs import choose_jobs
+from local.eval.jobs import choose_jobs, choose_threads
 from local.eval.pool import ScoringPool, remove_estimates
 from local.eval.score_files import load_track
 from local.eval.scoring import score_track
@@ -258,3 +259,13 @@ def test_as_many_jobs_as_cores_memory_and_tracks_allow(monkeypatch):
     assert choose_jobs(tracks, "museval", processes=4, separation=5 * GB) == 2
     limit_memory(monkeypatch, 1 * GB)
     assert choose_jobs(tracks, "museval") == 1
+
+
+def test_threads_and_scoring_processes_share_the_cores_as_the_work():
+    assert choose_threads(2, 0.01, "bsseval") == 1
+    assert choose_threads(2, 1.5, "bsseval") == 2  # the published models
+    assert choose_threads(2, math.inf, "bsseval") == 2  # not known
+    assert choose_threads(1, math.inf, "museval") == 1
+    assert choose_threads(16, 0.015, "bsseval") == 8
+    assert choose_threads(16, 0.015, "bsseval", targets=6) == 4
+    assert choose_threads(16, 1e-9, "museval") == 1

@@ -6,10 +6,11 @@ Campaign" (LVA/ICA 2018, section 3) and here, one distortion filter serves the w
 """
 
 from collections.abc import Iterator
+from functools import reduce
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.fft import irfft, rfft
+from scipy.fft import irfft, next_fast_len, rfft
 
 RATIOS = ("SDR", "ISR", "SIR", "SAR")  # in the order in which museval returns them
 TAPS = 512  # of the distortion filters
@@ -26,7 +27,7 @@ def bss_eval(
 
     Estimates are cut or zero-padded to the length of the references. A frame is NaN for all sources
     where the channels of a reference or an estimate sum to zero in all its samples. Samples after
-    the last whole frame are used for the filters alone.
+    the last whole frame are used for the filters alone. Memory grows with the window.
 
     Args:
         window: length of a frame in samples; np.inf, or more than there are, for a single frame.
@@ -47,10 +48,13 @@ def bss_eval(
     if not references.size:
         return tuple(np.empty(0) for _ in range(4))
     frames = _frames(references.shape[1], window, hop)
-    responses = _distortion_responses(references, estimates)
+    longest = max(frame.stop - frame.start for frame in frames)
+    size = 2 * next_fast_len(-(-(longest + TAPS - 1) // 2), real=True)
+    filters = _distortion_filters(references, estimates)
+    responses = tuple(rfft(taps, size) for taps in filters)
     ratios = np.full((4, len(references), len(frames)), np.nan)
     for number, reference, estimate in _audible(references, estimates, frames):
-        ratios[..., number] = _score_frame(reference, estimate, responses)
+        ratios[..., number] = _score_frame(reference, estimate, responses, size)
     return tuple(ratios)
 
 
@@ -77,7 +81,7 @@ def energies(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
         - references, estimates: (sources, samples, channels)
         - output: (2, sources), float64
     """
-    references = references.astype(np.float64)
+    references = references.astype(np.float64, copy=False)
     errors = references - estimates
     return np.stack([np.einsum("stc,stc->s", x, x) for x in (references, errors)])
 
@@ -133,14 +137,14 @@ def _audible(
             yield number, reference, estimate
 
 
-def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
-    """Return the least-squares filters from references to estimates, as frequency responses.
+def _distortion_filters(references: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the least-squares filters from references to estimates.
 
     Shape:
         - references, estimates: (sources, samples, channels)
-        - output: (BLOCK // 2 + 1, 2 x channels of all sources, channels of all sources). The first
-          half of the rows filters a reference to its own estimate, the second half all references
-          to each estimate.
+        - output: (channels of all sources, channels, TAPS), from the channels of a reference to
+          each channel of its own estimate; (channels of all sources, channels of all sources,
+          TAPS), from all references to each channel of the estimates
     """
     sources, _, channels = references.shape
     count = sources * channels
@@ -151,14 +155,13 @@ def _distortion_responses(references: np.ndarray, estimates: np.ndarray) -> np.n
         )
     gram = _gram(lags[:, :count])
     targets = lags[:, count:].transpose(0, 2, 1).reshape(count * TAPS, count)
-    own = np.zeros_like(targets)
+    own = []
     for first in range(0, count, channels):
         taps = slice(first * TAPS, (first + channels) * TAPS)
-        target = slice(first, first + channels)
-        own[taps, target] = _solve(gram[taps, taps], targets[taps, target])
-    filters = np.concatenate([own, _solve(gram, targets)], axis=1)
-    responses = rfft(filters.reshape(count, TAPS, 2 * count), BLOCK, axis=1)
-    return np.ascontiguousarray(responses.transpose(1, 2, 0))
+        own.append(_solve(gram[taps, taps], targets[taps, first : first + channels]))
+    joint = _solve(gram, targets).reshape(count, TAPS, count)
+    own = np.concatenate([x.reshape(channels, TAPS, channels) for x in own], axis=-1)
+    return own.transpose(2, 0, 1), joint.transpose(2, 0, 1)
 
 
 def _correlate(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
@@ -169,33 +172,26 @@ def _correlate(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
         - output: (R, R + E, TAPS), R and E the channels of all references and estimates
     """
     total = 0
-    for reference, estimate in zip(_blocks(references, 0), _blocks(estimates, 0), strict=True):
+    for reference, estimate in zip(_blocks(references), _blocks(estimates), strict=True):
         signals = np.concatenate([reference, estimate], axis=1)
         spectra = rfft(signals, axis=0)
         total = total + rfft(reference[:STEP], BLOCK, axis=0).conj() @ spectra.transpose(0, 2, 1)
     return irfft(total, BLOCK, axis=0)[:TAPS].transpose(1, 2, 0)
 
 
-def _blocks(signals: np.ndarray, before: int) -> Iterator[np.ndarray]:
-    """Yield blocks of BLOCK samples every STEP, several at a time, with zeros beyond both ends.
-
-    Args:
-        before: samples between the start of the first block and the start of the signals.
+def _blocks(signals: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield blocks of BLOCK samples every STEP, several at a time, with zeros beyond the end.
 
     Shape:
         - signals: (sources, samples, channels)
         - output: (BLOCK, channels of all sources, blocks)
     """
     sources, time, channels = signals.shape
-    blocks = -(-(time + before) // STEP)
-    for first in range(0, blocks, BLOCKS_AT_ONCE):
-        count = min(BLOCKS_AT_ONCE, blocks - first)
-        start = first * STEP - before
-        stop = start + count * STEP + TAPS - 1
-        padded = np.zeros((sources, channels, stop - start))
-        part = signals[:, max(start, 0) : stop].transpose(0, 2, 1)
-        offset = max(-start, 0)
-        padded[..., offset : offset + part.shape[-1]] = part
+    for first in range(0, time, BLOCKS_AT_ONCE * STEP):
+        count = min(BLOCKS_AT_ONCE, -(-(time - first) // STEP))
+        padded = np.zeros((sources, channels, count * STEP + TAPS - 1))
+        part = signals[:, first : first + padded.shape[-1]].transpose(0, 2, 1)
+        padded[..., : part.shape[-1]] = part
         views = sliding_window_view(padded.reshape(sources * channels, -1), BLOCK, axis=1)
         yield views[:, ::STEP].transpose(2, 0, 1)
 
@@ -216,28 +212,52 @@ def _solve(gram: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return np.linalg.lstsq(gram, targets)[0]
 
 
-def _score_frame(reference: np.ndarray, estimate: np.ndarray, responses: np.ndarray) -> np.ndarray:
+def _score_frame(
+    reference: np.ndarray, estimate: np.ndarray, responses: tuple[np.ndarray, ...], size: int
+) -> np.ndarray:
     """Return SDR, ISR, SIR and SAR of a frame, which is cut out before it is filtered.
+
+    The energies are those of spectra, by Parseval's theorem.
+
+    Args:
+        responses: of the filters of `_distortion_filters`.
+        size: of the transforms, even; not less than a filtered frame.
 
     Shape:
         - reference, estimate: (sources, samples, channels)
-        - responses: see `_distortion_responses`
         - output: (4, sources)
     """
     sources, _, channels = reference.shape
-    squares = np.zeros((7, sources * channels))
-    pairs = zip(_blocks(reference, TAPS - 1), _blocks(estimate, TAPS - 1), strict=True)
-    for true, estimated in pairs:
-        images = irfft(responses @ rfft(true, axis=0), BLOCK, axis=0)[TAPS - 1 :]
-        own, joint = np.split(images, 2, axis=1)
-        true, estimated = true[TAPS - 1 :], estimated[TAPS - 1 :]
-        parts = (true, true - estimated, own - true, own, joint - own, joint, estimated - joint)
-        squares += [np.einsum("tcb,tcb->c", part, part) for part in parts]
-    true, error, spatial, own, interference, joint, artifacts = squares.reshape(
-        7, sources, channels
-    ).sum(axis=2)
+    true, estimated = _spectra(reference, size), _spectra(estimate, size)
+    squares = []
+    for number, (own_response, response) in enumerate(zip(*responses, strict=True)):
+        first = number - number % channels
+        own = _filter(own_response, true[first : first + channels])
+        joint = _filter(response, true)
+        parts = own - true[number], own, joint - own, joint, estimated[number] - joint
+        squares.append([_energy(part) / size for part in parts])
+    by_source = np.reshape(squares, (sources, channels, len(parts))).sum(axis=1)
+    spatial, own, interference, joint, artifacts = by_source.T
+    true, error = energies(reference, estimate)
     signals = np.stack([true, true, own, joint])
     return _decibels(signals, np.stack([error, spatial, interference, artifacts]))
+
+
+def _spectra(signals: np.ndarray, size: int) -> np.ndarray:
+    """Transform (sources, samples, channels) to (channels of all sources, size // 2 + 1)."""
+    samples = signals.astype(np.float64).transpose(0, 2, 1)
+    return rfft(samples.reshape(-1, samples.shape[-1]), size)
+
+
+def _filter(responses: np.ndarray, spectra: np.ndarray) -> np.ndarray:
+    """Return the sum of some spectra, each filtered by its response."""
+    return reduce(np.add, map(np.multiply, responses, spectra))
+
+
+def _energy(spectrum: np.ndarray) -> float:
+    """Return the sum of squares over a spectrum and its mirror image, for an even size."""
+    ends = spectrum[[0, -1]]
+    return 2 * np.vdot(spectrum, spectrum).real - np.vdot(ends, ends).real
 
 
 def _decibels(signal: np.ndarray, distortion: np.ndarray) -> np.ndarray:

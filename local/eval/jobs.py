@@ -1,4 +1,4 @@
-"""How many tracks are scored at a time, and the memory that each takes."""
+"""How many tracks are scored at a time, on which cores, and the memory that each takes."""
 
 import os
 from collections.abc import Collection
@@ -10,6 +10,8 @@ from local.tools.memory import shared_memory
 PROCESS_BYTES = 450e6
 SECOND_BYTES = {"bsseval": 1e6, "museval": 8.5e6}
 EQUATIONS_BYTES = 28e6
+# Seconds of a core for each second of a track of two targets (measured).
+SECONDS = {"bsseval": 0.015, "museval": 0.2}
 
 
 def scoring_bytes(seconds: float, scorer: str, targets: int = 2) -> float:
@@ -34,6 +36,22 @@ def choose_jobs(
     # srun may give each rank its own cores; torchrun does not.
     cores = min(len(os.sched_getaffinity(0)), os.cpu_count() // processes)
     return max(1, min(cores, fitting, len(tracks)))
+
+
+def choose_threads(threads: int, separation: float, scorer: str, targets: int = 2) -> int:
+    """Choose how many threads separate tracks while others are scored, on one core each.
+
+    Threads share a separation out among them, and each waits for the slowest: where scoring takes
+    some of their cores, all are slow. So cores are divided as the work is. Nothing else counts, as
+    the number of threads may show in the last digits of the estimates.
+
+    Args:
+        threads: that torch may use.
+        separation: seconds of a core that it takes for each second of a track.
+        targets: of each track.
+    """
+    scoring = SECONDS[scorer] * targets / 2
+    return max(1, round(threads / (1 + scoring / separation)))
 
 
 def describe_lack(work: str, needed: float, free: float) -> str:
