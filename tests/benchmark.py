@@ -237,15 +237,7 @@ def add_common(parser: argparse.ArgumentParser, with_repeats: bool = True) -> No
 
 
 def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not SHORTEST <= value <= LONGEST:
-        raise argparse.ArgumentTypeError(
-            f"expected seconds from {SHORTEST:g} to {LONGEST:g}, got {text!r}"
-        )
-    return value
+    return number(text, "seconds", SHORTEST, LONGEST)
 
 
 def seconds_or_none(text: str) -> float:
@@ -253,12 +245,18 @@ def seconds_or_none(text: str) -> float:
 
 
 def milliseconds(text: str) -> float:
+    return number(text, "milliseconds", 0.1, 10_000)
+
+
+def number(text: str, unit: str, least: float, most: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not 0.1 <= value <= 10_000:
-        raise argparse.ArgumentTypeError(f"expected milliseconds from 0.1 to 10000, got {text!r}")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected {unit} from {least:g} to {most:g}, got {text!r}"
+        )
     return value
 
 

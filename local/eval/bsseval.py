@@ -82,8 +82,12 @@ def energies(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
         - output: (2, sources), float64
     """
     references = references.astype(np.float64, copy=False)
-    errors = references - estimates
-    return np.stack([np.einsum("stc,stc->s", x, x) for x in (references, errors)])
+    return np.stack([energy(references), energy(references - estimates)])
+
+
+def energy(signals: np.ndarray) -> np.ndarray:
+    """Return the sum of squares of each source: (sources, samples, channels) -> (sources,)."""
+    return np.einsum("stc,stc->s", signals, signals)
 
 
 def _fit_length(estimates: np.ndarray, time: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from local.eval.bsseval import energies
+from local.eval.bsseval import energies, energy
 
 FLOOR = 1e-7  # of uSDR: the challenges add it to both energies
 EPS = 1e-8  # of SI-SDR, as in asteroid
@@ -43,7 +43,7 @@ def si_sdr(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
     offset = (of_estimate - scale * of_reference) / count
     shape = -1, 1, 1
     noise = sum(
-        _energy(e - scale.reshape(shape) * r - offset.reshape(shape))
+        energy(e - scale.reshape(shape) * r - offset.reshape(shape))
         for r, e in _parts(references, estimates)
     )
     return 10 * np.log10(scale**2 * power / (noise + EPS) + EPS)
@@ -52,7 +52,7 @@ def si_sdr(references: np.ndarray, estimates: np.ndarray) -> np.ndarray:
 def _products(reference: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     """Return the sums of the reference, the estimate, the square of the former, the product."""
     sums = reference.sum(axis=(1, 2)), estimate.sum(axis=(1, 2))
-    return np.stack([*sums, _energy(reference), np.einsum("stc,stc->s", reference, estimate)])
+    return np.stack([*sums, energy(reference), np.einsum("stc,stc->s", reference, estimate)])
 
 
 def _parts(references: np.ndarray, estimates: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -60,7 +60,3 @@ def _parts(references: np.ndarray, estimates: np.ndarray) -> Iterator[tuple[np.n
     for start in range(0, references.shape[1], SAMPLES):
         part = slice(start, start + SAMPLES)
         yield tuple(x[:, part].astype(np.float64, order="C") for x in (references, estimates))
-
-
-def _energy(signals: np.ndarray) -> np.ndarray:
-    return np.einsum("stc,stc->s", signals, signals)

@@ -84,7 +84,7 @@ class PackedLinear:
     def __call__(self, rows: Tensor, slope: float = 1.0) -> Tensor:
         """(..., K, in) -> (..., K, out) of `product_dtype`; values below zero times `slope`."""
         rows = rows.to(self._weight.dtype)
-        if self._packed is not None and rows.numel():
+        if self.is_packed and rows.numel():
             return multiply_packed(rows, self._packed, slope)
         product = F.linear(rows, self._weight)
         return product if slope == 1 else F.leaky_relu_(product, slope)

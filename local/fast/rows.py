@@ -135,7 +135,7 @@ class RowDepthwise:
         return 0 if self._buffer is None else self._buffer.nbytes
 
     def reset(self) -> None:
-        self._buffer, self._size = None, 0  # in rows
+        self._buffer = None
         self._start, self._end = 0, self._before  # of the state
 
     def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
@@ -157,7 +157,7 @@ class RowDepthwise:
 
     def _room(self, batch: Sequence[int], frames: int) -> Tensor:
         """Where the next rows go, behind the state."""
-        if self._buffer is None or self._end + frames > self._size:
+        if self._buffer is None or self._end + frames > self._buffer.shape[-2]:
             self._make_room(batch, frames)
         return self._rows(self._end, frames)
 
@@ -165,18 +165,18 @@ class RowDepthwise:
         """Moves the state to the front of the buffer, of a larger one where that is too small."""
         old, size = self._buffer, self._end - self._start
         room = 2 * self._reach + frames
-        if old is None or room > self._size:
+        if old is None or room > old.shape[-2]:
             like = self._taps[0]
-            self._buffer, self._size = like.new_empty(*batch, room, len(like)), room
+            self._buffer = like.new_empty(*batch, room, len(like))
         state = self._rows(0, size)
         state.zero_() if old is None else state.copy_(old.narrow(-2, self._start, size))
         self._start, self._end = 0, size
 
     def _shrink(self) -> None:
         """Keeps the state alone."""
-        self._size = self._end - self._start
-        self._buffer = self._rows(self._start, self._size).clone()
-        self._start, self._end = 0, self._size
+        size = self._end - self._start
+        self._buffer = self._rows(self._start, size).clone()
+        self._start, self._end = 0, size
 
     def _rows(self, start: int, frames: int) -> Tensor:
         return self._buffer.narrow(-2, start, frames)  # in a quarter of the time of indexing

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from local.tools.choices import OTHER_SUFFIXES, SUFFIXES
 from local.tools.command_line import UserError, raise_together, suggest
+from local.tools.files import is_foreign
 from local.tools.sound_files import read_header
 from local.tracks.track import SOURCES, Part, Place, Track, raise_dataset_faults, sum_parts
 
@@ -164,7 +165,7 @@ class Finder:
         return [
             file
             for file in self.listing
-            if file not in known and file[0] != "." and file.casefold().endswith(audio)
+            if not (file in known or is_foreign(Path(file))) and file.casefold().endswith(audio)
         ]
 
     def _describe_unknown(self) -> str:
