@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from local.tools.choices import PRECISIONS
-from local.tools.private import list_packable, multiply_packed, pack_weight
+from local.tools.private import list_packable, pack_linear
+
+SHORT = (torch.bfloat16, torch.float16)
 
 
 def find_precision_fault(precision: str, device: torch.device) -> str:
@@ -42,7 +44,7 @@ def product_dtype(like: Tensor) -> torch.dtype:
 
 def upcast(rows: Tensor) -> Tensor:
     """To float32 at least: under autocast, products have a shorter type."""
-    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+    return rows.float() if rows.dtype in SHORT else rows
 
 
 @lru_cache
@@ -58,7 +60,7 @@ def find_packable() -> tuple[torch.dtype, ...]:
         dtype
         for dtype in list_packable()
         if torch.allclose(
-            multiply_packed(rows.to(dtype), pack_weight(weight.to(dtype)), 1.0).float(),
+            pack_linear(weight.to(dtype), 1.0)(rows.to(dtype)).float(),
             expected,
             rtol=0,
             atol=100 * torch.finfo(dtype).eps,
@@ -67,24 +69,26 @@ def find_packable() -> tuple[torch.dtype, ...]:
 
 
 class PackedLinear:
-    """A linear layer without bias, and PReLU after it. Changes of the weight have no effect.
+    """A linear layer without bias, then PReLU with a slope. Changes of the weight have no effect.
 
     Without oneDNN, on another device or in float64 it is torch's own.
     """
 
-    def __init__(self, weight: Tensor):
-        self._weight = weight.detach().to(product_dtype(weight))
-        can_pack = self._weight.dtype in find_packable() and self._weight.device.type == "cpu"
-        self._packed = pack_weight(self._weight) if can_pack else None
+    def __init__(self, weight: Tensor, slope: float = 1.0):
+        self._weight, self._slope = weight.detach().to(product_dtype(weight)), slope
+        self._dtype = self._weight.dtype
+        can_pack = self._dtype in find_packable() and self._weight.device.type == "cpu"
+        self._packed = pack_linear(self._weight, slope) if can_pack else None
 
     @property
     def is_packed(self) -> bool:
         return self._packed is not None
 
-    def __call__(self, rows: Tensor, slope: float = 1.0) -> Tensor:
-        """(..., K, in) -> (..., K, out) of `product_dtype`; values below zero times `slope`."""
-        rows = rows.to(self._weight.dtype)
-        if self.is_packed and rows.numel():
-            return multiply_packed(rows, self._packed, slope)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(..., K, in) -> (..., K, out) of `product_dtype`."""
+        if rows.dtype is not self._dtype:
+            rows = rows.to(self._dtype)
+        if self._packed is not None and rows.numel():
+            return self._packed(rows)
         product = F.linear(rows, self._weight)
-        return product if slope == 1 else F.leaky_relu_(product, slope)
+        return product if self._slope == 1 else F.leaky_relu_(product, self._slope)

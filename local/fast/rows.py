@@ -87,15 +87,15 @@ class RowBlock:
         expand, activation_in, norm_in, separable = block.net
         depthwise, *_, activation_out, norm_out, project = separable.net
         is_global = isinstance(norm_in, tasnet.GlobalLayerNorm)
-        self._expand = PackedLinear(expand.weight[:, :, 0])
-        self._slope_in, self._slope_out = activation_in.weight.item(), activation_out.weight.item()
+        self._expand = PackedLinear(expand.weight[:, :, 0], activation_in.weight.item())
+        self._slope = activation_out.weight.item()
         self._norm = GlobalNorm(norm_in) if is_global else LocalNorm(norm_in)
         self.depthwise = RowDepthwise(depthwise)
         self._project = (GlobalProjection if is_global else Projection)(norm_out, project)
 
     def expand(self, residual: Tensor) -> Tensor:
         """(..., K, B) -> hidden (..., K, H) of `product_dtype`."""
-        return self._norm.observe(self._expand(residual, self._slope_in))
+        return self._norm.observe(self._expand(residual))
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., K, H) -> update (..., K', B) of the next K' frames.
@@ -113,7 +113,7 @@ class RowBlock:
         self._project.add_to(residual, update)
 
     def _after_depthwise(self, mixed: Tensor) -> Tensor:
-        return self._project(F.leaky_relu_(mixed, self._slope_out))
+        return self._project(F.leaky_relu_(mixed, self._slope))
 
 
 class RowDepthwise:
@@ -126,7 +126,7 @@ class RowDepthwise:
 
     def __init__(self, conv: nn.Conv1d):
         taps, dilation = conv.weight[:, 0].detach().t().contiguous(), conv.dilation[0]  # (P, H)
-        self._taps = {p * dilation: tap for p, tap in enumerate(taps)}
+        self._taps = [(p * dilation, tap) for p, tap in enumerate(taps)]
         self._before, self._reach = conv.padding[0], (len(taps) - 1) * dilation
         self.reset()
 
@@ -140,8 +140,8 @@ class RowDepthwise:
 
     def push(self, rows: Tensor, norm: LocalNorm | GlobalNorm) -> Tensor:
         """(..., K, H), not yet normalised by `norm` -> (..., K', H)."""
-        frames = rows.shape[-2]
-        norm.write(rows, self._room(rows.shape[:-2], frames))
+        *batch, frames, _ = rows.shape
+        norm.write(rows, self._room(batch, frames))
         mixed = self._convolve(frames)
         if frames > MOST_KEPT:
             self._shrink()
@@ -166,7 +166,7 @@ class RowDepthwise:
         old, size = self._buffer, self._end - self._start
         room = 2 * self._reach + frames
         if old is None or room > old.shape[-2]:
-            like = self._taps[0]
+            like = self._taps[0][1]
             self._buffer = like.new_empty(*batch, room, len(like))
         state = self._rows(0, size)
         state.zero_() if old is None else state.copy_(old.narrow(-2, self._start, size))
@@ -186,10 +186,10 @@ class RowDepthwise:
         self._end += new
         start, frames = self._start, max(0, self._end - self._start - self._reach)
         self._start += frames
-        mixed = None
-        for shift, tap in self._taps.items():
-            rows = self._rows(start + shift, frames)
-            mixed = rows * tap if mixed is None else mixed.addcmul_(rows, tap)
+        (_, first), *others = self._taps
+        mixed = self._rows(start, frames) * first
+        for shift, tap in others:
+            mixed.addcmul_(self._rows(start + shift, frames), tap)
         return mixed
 
 
@@ -197,7 +197,8 @@ def local_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """cLN, BN or id as a function that normalises each row alone."""
     if isinstance(norm, tasnet.ChannelwiseLayerNorm):
         gamma, beta = norm.gamma.flatten(), norm.beta.flatten()
-        return lambda rows: F.layer_norm(rows, gamma.shape, gamma, beta, tasnet.EPS)
+        shape = gamma.shape
+        return lambda rows: torch.layer_norm(rows, shape, gamma, beta, tasnet.EPS)
     if isinstance(norm, nn.BatchNorm1d):
         gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         offset = norm.bias - norm.running_mean * gain

@@ -4,6 +4,7 @@ tests/test_private.py tests what each use relies on: after an upgrade, run it fi
 """
 
 import signal
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,7 +29,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def list_packable() -> tuple[torch.dtype, ...]:
-    """The dtypes of weights that `pack_weight` takes here."""
+    """The dtypes of weights that `pack_linear` takes here."""
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not all(
         map(partial(hasattr, operators), PACKED)
@@ -37,18 +38,16 @@ def list_packable() -> tuple[torch.dtype, ...]:
     return (torch.float32, *([torch.bfloat16] if operators._is_mkldnn_bf16_supported() else []))
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """A weight (out, in) on the CPU in the layout of oneDNN, for `multiply_packed`.
+def pack_linear(weight: Tensor, slope: float) -> Callable[[Tensor], Tensor]:
+    """leaky_relu(rows (..., in) @ weight.T, slope) of rows of the weight's dtype, on the CPU.
 
-    torch.compile does so to the weights of a frozen model: eager code has no public way to it.
+    The weight (out, in) is copied into the layout of oneDNN, as torch.compile does with those of a
+    frozen model: eager code has no public way to it.
     """
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-
-
-def multiply_packed(rows: Tensor, packed: Tensor, slope: float) -> Tensor:
-    """leaky_relu(rows (..., in) @ weight.T, slope), of the dtype of both."""
-    activation = ("none", []) if slope == 1 else ("leaky_relu", [slope])
-    return torch.ops.mkldnn._linear_pointwise.default(rows, packed, None, *activation, "")
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    activation = ("none", [], "") if slope == 1 else ("leaky_relu", [slope], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda rows: multiply(rows, packed, None, *activation)
 
 
 def end_with_sigterm_as_with_ctrl_c(trainer) -> None:
