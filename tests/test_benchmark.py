@@ -6,6 +6,7 @@ from pathlib import Path
 
 import benchmark
 import pytest
+from benchmarks import cases, loading, training
 from conftest import ROOT, run_command, run_python, slow
 
 TINY = ["--N", "16", "--B", "8", "--H", "16", "--X", "2", "--R", "1"]
@@ -88,9 +89,9 @@ def test_training_steps_agree_with_the_textbook(tmp_path):
 
 
 def test_without_a_compiler_the_other_steps_are_measured(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "find_compiler_fault", lambda device: "no g++")
+    monkeypatch.setattr(training, "find_compiler_fault", lambda device: "no g++")
     args = argparse.Namespace(compile="both", memory=["some"])
-    steps = benchmark.choose_steps("cpu", args)
+    steps = training.choose_steps("cpu", args)
     assert [step.name for step in steps] == ["textbook", "plain"]
     assert capsys.readouterr().out == "without torch.compile: no g++\n"
 
@@ -114,7 +115,7 @@ def test_cold_items_are_dropped_from_the_page_cache_first(of_a_batch, tmp_path, 
     class Items:
         pass
 
-    items = benchmark.ColdItems(Items(), files)
+    items = loading.ColdItems(Items(), files)
     setattr(Items, of_a_batch, lambda self, position: done.append(position))
     monkeypatch.setattr(os, "posix_fadvise", lambda *args: done.append(args[1:]))
     items[7] if of_a_batch == "__getitem__" else items.__getitems__([7, 8])
@@ -137,12 +138,12 @@ def test_scores_are_measured_against_museval(tmp_path):
 
 
 def test_work_is_counted_for_every_multiplication():
-    case = benchmark.Case("cpu", "causal", 0.1, dict(N=4, B=3, H=5, X=2, R=1), ROOT)
+    case = cases.Case("cpu", "causal", 0.1, dict(N=4, B=3, H=5, X=2, R=1), ROOT)
     model, _ = case.load()
     blocks = 2 * (3 * 5 + 3 * 5 + 5 * 3)  # up, depthwise with 3 taps, down
     per_frame = 2 * 20 * 4 + 4 * 3 + blocks + 3 * 2 * 4 + 2 * 4 * 2 * 20
-    assert benchmark.count_gflop(model, 20) == pytest.approx(2e-9 * per_frame)
-    assert benchmark.count_gflop(model, 39) == pytest.approx(2e-9 * per_frame * 2)
+    assert cases.count_gflop(model, 20) == pytest.approx(2e-9 * per_frame)
+    assert cases.count_gflop(model, 39) == pytest.approx(2e-9 * per_frame * 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The commands of tests/benchmark.py, a module each, and what they share."""
