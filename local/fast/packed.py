@@ -76,8 +76,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, slope: float = 1.0):
         self._weight, self._slope = weight.detach().to(product_dtype(weight)), slope
-        self._dtype = self._weight.dtype
-        can_pack = self._dtype in find_packable() and self._weight.device.type == "cpu"
+        can_pack = self._weight.dtype in find_packable() and self._weight.device.type == "cpu"
         self._packed = pack_linear(self._weight, slope) if can_pack else None
 
     @property
@@ -86,8 +85,8 @@ class PackedLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(..., K, in) -> (..., K, out) of `product_dtype`."""
-        if rows.dtype is not self._dtype:
-            rows = rows.to(self._dtype)
+        if rows.dtype is not self._weight.dtype:
+            rows = rows.to(self._weight.dtype)
         if self._packed is not None and rows.numel():
             return self._packed(rows)
         product = F.linear(rows, self._weight)
