@@ -15,14 +15,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import loading, scoring, separation, stream, training
 from benchmarks.options import OneLineParser
+from benchmarks.report import show_machine, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
-        args.run(args)
+        machine = show_machine(getattr(args, "device", "cpu"))
+        measured = args.run(args)
     except (BrokenProcessPool, torch.cuda.OutOfMemoryError) as error:
         sys.exit(f"benchmark.py: error: probably out of memory: {error}")
+    if args.json:
+        write_json(args.json, {"machine": machine, **measured})
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,6 +34,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (separation, stream, training, loading, scoring):
         command.add_options(commands)
+    for parser_of_command in commands.choices.values():
+        parser_of_command.add_argument(
+            "--json", type=Path, metavar="FILE", help="where to write all of it"
+        )
     args = parser.parse_args(arguments)
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json: cannot write {args.json}")

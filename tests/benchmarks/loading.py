@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from benchmarks.cases import RATE
 from benchmarks.measuring import stopwatch
 from benchmarks.options import count, seconds
-from benchmarks.report import print_table, show_machine, write_json
+from benchmarks.report import print_table
 
 SOURCES = ("vocals", "bass", "drums", "other")
 TRACKS, TRACK_SECONDS, BATCH, ROUNDS = 6, 20.0, 4, 5
@@ -30,11 +30,10 @@ COLUMNS = {
 
 def add_options(commands) -> None:
     parser = commands.add_parser("load", help="training items, and the textbook's")
-    parser.set_defaults(run=benchmark_load)
+    parser.set_defaults(run=run)
     parser.add_argument("--seconds", type=seconds, default=5.0, help="of an item [%(default)g]")
     parser.add_argument("--items", type=count, default=200, help="per worker [%(default)s]")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="[%(default)s]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all of it")
 
 
 class TextbookItems:
@@ -87,15 +86,13 @@ class ColdItems:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def benchmark_load(args: argparse.Namespace) -> None:
-    machine = show_machine("cpu")
+def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         write_noise(Path(folder), "train", TRACKS, max(TRACK_SECONDS, args.seconds))
         print(f"\nItems of {args.seconds:g} s; speed is relative to the textbook's. Where the page")
         print("cache is cold, files are read from the disk, unless they are in a tmpfs.")
         rows = print_table(COLUMNS, load_rows(Path(folder), args))
-    if args.json:
-        write_json(args.json, {"machine": machine, "load": rows})
+    return {"load": rows}
 
 
 def write_noise(root: Path, split: str, tracks: int, seconds: float) -> None:

@@ -1,7 +1,6 @@
 """Options of the commands, and which values they take."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -20,9 +19,12 @@ def add_common(parser: argparse.ArgumentParser, with_repeats: bool = True) -> No
     if with_repeats:
         add("--repeats", type=count, default=3, help="the median is shown [%(default)s]")
     add("--device", choices=["cpu", "cuda", "all"], default="all", help="[%(default)s]")
-    add("--json", type=Path, metavar="FILE", help="where to write all of it")
     for name, size in SIZES.items():
         add(f"--{name}", type=count, default=size, help="of the model [%(default)s]")
+
+
+def read_sizes(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in SIZES}
 
 
 def choose_devices(wanted: str) -> list[str]:

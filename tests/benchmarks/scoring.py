@@ -13,7 +13,7 @@ from benchmarks.cases import RATE
 from benchmarks.loading import write_noise
 from benchmarks.measuring import measure_apart, median_row, peak_memory, start_memory, stopwatch
 from benchmarks.options import count, seconds
-from benchmarks.report import print_table, show_machine, write_json
+from benchmarks.report import print_table
 
 SCORE_COLUMNS = {
     "scorer": ("scorer", 8, ""),
@@ -34,7 +34,7 @@ POOL_COLUMNS = {
 
 def add_options(commands) -> None:
     parser = commands.add_parser("score", help="BSSEval, and stock museval")
-    parser.set_defaults(run=benchmark_score)
+    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--lengths", type=seconds, nargs="+", default=[30.0, 60.0, 240.0], help="[30 60 240]")
     add("--repeats", type=count, default=3, help="the median is shown [%(default)s]")
@@ -42,19 +42,16 @@ def add_options(commands) -> None:
     add(
         "--tracks", type=count, default=8, help="of the greatest length, for the pool [%(default)s]"
     )
-    add("--json", type=Path, metavar="FILE", help="where to write all of it")
 
 
-def benchmark_score(args: argparse.Namespace) -> None:
-    machine = show_machine("cpu")
+def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         print("\nA track of two stereo sources on one core; speed, memory and deviation are those")
         print("relative to museval's.")
         scores = print_table(SCORE_COLUMNS, score_rows(Path(folder), args))
         print(f"\n{args.tracks} tracks of {max(args.lengths):g} s from wav to JSON.")
         pool = print_table(POOL_COLUMNS, pool_rows(Path(folder), args))
-    if args.json:
-        write_json(args.json, {"machine": machine, "score": scores, "pool": pool})
+    return {"score": scores, "pool": pool}
 
 
 def score_rows(folder: Path, args: argparse.Namespace) -> Iterator[dict]:

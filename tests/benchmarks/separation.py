@@ -11,7 +11,6 @@ from torch import Tensor
 from benchmarks.cases import (
     MODELS,
     RATE,
-    SIZES,
     Case,
     choose_method,
     count_gflop,
@@ -19,8 +18,8 @@ from benchmarks.cases import (
     measure,
 )
 from benchmarks.measuring import median_row, peak_memory, start_memory, stopwatch
-from benchmarks.options import add_common, choose_devices, seconds, seconds_or_none
-from benchmarks.report import print_table, show_machine, write_json
+from benchmarks.options import add_common, choose_devices, read_sizes, seconds, seconds_or_none
+from benchmarks.report import print_table
 from local.tools.choices import METHODS
 
 STREAM_SECONDS = 60.0  # beside the longest, to show that the memory of a stream does not grow
@@ -42,7 +41,7 @@ COLUMNS = {  # key: heading, width, format
 
 def add_options(commands) -> None:
     parser = commands.add_parser("separate", help="every method of separation and the textbook")
-    parser.set_defaults(run=benchmark_separate)
+    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--lengths", type=seconds, nargs="+", default=[4.0, 20.0], help="of songs in s [4 20]")
     add(
@@ -54,12 +53,11 @@ def add_options(commands) -> None:
     add_common(parser)
 
 
-def benchmark_separate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     # All methods, and the matrix products they are held against, in one arithmetic: a GPU would
     # otherwise take the convolutions, but not the products, in TF32.
     torch.backends.cudnn.allow_tf32 = False
-    machine = show_machine(args.device)
-    sizes = {name: getattr(args, name) for name in SIZES}
+    sizes = read_sizes(args)
     devices = choose_devices(args.device)
     lengths = list(dict.fromkeys(args.lengths))
     with tempfile.TemporaryDirectory() as folder:
@@ -74,8 +72,7 @@ def benchmark_separate(args: argparse.Namespace) -> None:
         )
         print("overlap-add differs from it where a song is longer than one window.")
         songs = print_table(COLUMNS, song_rows(cases, lengths, args))
-    if args.json:
-        write_json(args.json, {"machine": machine, "separate": songs})
+    return {"separate": songs}
 
 
 def longer_lengths(lengths: list[float], longest: float) -> list[float]:

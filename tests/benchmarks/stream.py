@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import RATE, SIZES, Case, choose_method, count_gflop, matrix_rate, measure
+from benchmarks.cases import RATE, Case, choose_method, count_gflop, matrix_rate, measure
 from benchmarks.measuring import stopwatch
-from benchmarks.options import add_common, choose_devices, milliseconds, seconds
-from benchmarks.report import print_table, show_machine, write_json
+from benchmarks.options import add_common, choose_devices, milliseconds, read_sizes, seconds
+from benchmarks.report import print_table
 from local.fast.packed import find_precision_fault
 from local.streaming import StreamingConvTasNet
 from local.tools.choices import PRECISIONS
@@ -35,7 +35,7 @@ COLUMNS = {
 
 def add_options(commands) -> None:
     parser = commands.add_parser("stream", help="the causal model block by block")
-    parser.set_defaults(run=benchmark_stream)
+    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--seconds", type=seconds, default=60.0, help="of audio [%(default)g]")
     add("--blocks", type=milliseconds, nargs="+", default=BLOCKS_MS, help="in ms [1 5 10 20 200]")
@@ -49,10 +49,9 @@ def add_options(commands) -> None:
     add_common(parser, with_repeats=False)
 
 
-def benchmark_stream(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> dict:
     torch.backends.cudnn.allow_tf32 = False
-    machine = show_machine(args.device)
-    sizes = {name: getattr(args, name) for name in SIZES}
+    sizes = read_sizes(args)
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             Case(device, "causal", args.seconds, sizes, Path(folder))
@@ -63,8 +62,7 @@ def benchmark_stream(args: argparse.Namespace) -> None:
         streams = print_table(COLUMNS, stream_rows(cases, args))
     for text in describe_real_time(streams):
         print(text)
-    if args.json:
-        write_json(args.json, {"machine": machine, "stream": streams})
+    return {"stream": streams}
 
 
 def stream_rows(cases: list[Case], args: argparse.Namespace) -> Iterator[dict]:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import MODELS, RATE, SIZES, Case, count_gflop, matrix_rate
+from benchmarks.cases import MODELS, RATE, Case, count_gflop, matrix_rate
 from benchmarks.measuring import measure_apart, median_row, peak_memory, start_memory, stopwatch
-from benchmarks.options import add_common, choose_devices, count, seconds
-from benchmarks.report import print_table, show_machine, write_json
+from benchmarks.options import add_common, choose_devices, count, read_sizes, seconds
+from benchmarks.report import print_table
 from local.fast.choose import find_compiler_fault, find_kernel_fault
 from local.fast.training import TrainingForward, allow_tf32_products
 from local.inference import separate
@@ -47,7 +47,7 @@ COLUMNS = {
 
 def add_options(commands) -> None:
     parser = commands.add_parser("train", help="a training step in every setting, and the textbook")
-    parser.set_defaults(run=benchmark_train)
+    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--seconds", type=seconds, help="of an item [1 on a CPU, 5 on a GPU]")
     add("--batch", type=count, help="items [1 on a CPU, 4 on a GPU]")
@@ -83,9 +83,8 @@ class Training(Case):
         return model.train(), targets.sum(1), targets
 
 
-def benchmark_train(args: argparse.Namespace) -> None:
-    machine = show_machine(args.device)
-    sizes = {name: getattr(args, name) for name in SIZES}
+def run(args: argparse.Namespace) -> dict:
+    sizes = read_sizes(args)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # so that compiling is really measured
@@ -107,8 +106,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
             ]
             print(f"{cases[0].batch} x {cases[0].seconds:g} s on {device}")
             rows += print_table(COLUMNS, step_rows(cases, choose_steps(device, args), args))
-    if args.json:
-        write_json(args.json, {"machine": machine, "train": rows})
+    return {"train": rows}
 
 
 def choose_steps(device: str, args: argparse.Namespace) -> list[Step]:
