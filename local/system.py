@@ -7,6 +7,7 @@ from asteroid.engine.system import System
 from torch import Tensor
 
 from local.fast.choose import choose_forward
+from local.fast.graphed import GraphedForward
 from local.inference import separate
 from local.musdb18_tracks import SOURCES, TARGETS
 from local.sdr import sum_sdr
@@ -42,6 +43,12 @@ class MusicSystem(System):
         self._separate_segments, note = choose_forward(self.model, training, self.device)
         if note and self.trainer.is_global_zero:
             say(f"compile    {note}")
+
+    def free_memory(self) -> None:
+        """Gives back the GPU memory that training holds between its steps."""
+        if isinstance(self._separate_segments, GraphedForward):
+            self._separate_segments.release()
+        torch.cuda.empty_cache()
 
     def common_step(self, batch, batch_nb, train=True):
         """The loss of a batch of (mixtures, targets): (M, 2, T), (M, C, 2, T).

@@ -33,6 +33,7 @@ from local.fast.choose import (
     find_kernel_fault,
 )
 from local.fast.equal import find_difference
+from local.fast.graphed import GraphedForward
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward
 from local.inference import separate
@@ -42,6 +43,7 @@ from local.tasnet import NORM_TYPES, ConvTasNetStereo
 from local.tools.choices import MEMORY
 from local.tools.memory import free_gpu_memory
 from local.train.checkpoints import list_last
+from local.train.epochs import FreeCachedMemory
 
 DEVICE = "cuda"
 ACCELERATOR = "gpu"  # the same to Lightning
@@ -84,10 +86,22 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 LOSS_SCALE = 1024.0  # as a GradScaler would, or small gradients vanish in fp16
 
 
-FORWARDS = {"plain": TrainingForward, "kernels": functools.partial(TrainingForward, kernels=True)}
+def make_graphed(model: ConvTasNetStereo, memory: str) -> GraphedForward:
+    return GraphedForward(TrainingForward(model, memory, kernels=True), model.parameters())
+
+
+FORWARDS = {
+    "plain": TrainingForward,
+    "kernels": functools.partial(TrainingForward, kernels=True),
+    "graphed": make_graphed,
+}
 BY_FORWARD = [
     pytest.param(norm_type, name, id=f"{norm_type}-{name}")
-    for name, norm_types in (("plain", NORM_TYPES), ("kernels", WITH_KERNELS))
+    for name, norm_types in (
+        ("plain", NORM_TYPES),
+        ("kernels", WITH_KERNELS),
+        ("graphed", WITH_KERNELS),
+    )
     for norm_type in norm_types
 ]
 
@@ -97,11 +111,16 @@ def choose_compiled(model: ConvTasNetStereo, memory: str) -> Callable:
     training = {"memory": memory, "compile": "auto", "fast": "yes"}
     forward, note = choose_forward(model, training, torch.device(DEVICE))
     has_kernels = not find_kernel_fault(model, torch.device(DEVICE))
-    assert ("blocks run as Triton kernels" in note) == has_kernels
+    assert ("blocks run as Triton kernels, in CUDA graphs" in note) == has_kernels
     return forward
 
 
 FORWARDS["compiled"] = choose_compiled
+
+
+def skip_without_kernels(model: ConvTasNetStereo) -> None:
+    if fault := find_kernel_fault(model, torch.device(DEVICE)):
+        pytest.skip(f"the kernels do not run here: {fault}")
 
 
 def take_step(model, batch, device, memory=None, forward="plain", autocast=None) -> dict:
@@ -109,8 +128,8 @@ def take_step(model, batch, device, memory=None, forward="plain", autocast=None)
     FORWARDS, with a copy of the model on a device.
     """
     model = copy.deepcopy(model).to(device).train()
-    if forward == "kernels" and (fault := find_kernel_fault(model, torch.device(device))):
-        pytest.skip(f"the kernels do not run here: {fault}")
+    if forward in ("kernels", "graphed"):
+        skip_without_kernels(model)
     mixture, targets = (tensor.to(device) for tensor in batch)
     separate_batch = FORWARDS[forward](model, memory) if memory else model
     with torch.autocast(device, autocast, enabled=autocast is not None):
@@ -217,6 +236,67 @@ def test_the_kernels_work_here(norm_type):
         pytest.skip("the kernels need a GPU of NVIDIA, Ampere or later, and Triton")
     model = make_model(norm_type, False).to(DEVICE)
     assert find_kernel_fault(model, torch.device(DEVICE)) == ""
+
+
+@pytest.fixture
+def graphed() -> tuple[ConvTasNetStereo, GraphedForward]:
+    model = make_model("gLN", False).to(DEVICE).train()
+    skip_without_kernels(model)
+    return model, make_graphed(model, "some")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_graphs_follow_batches_and_weights(graphed, autocast):
+    """Of two shapes, with gradients that add up over two batches, and a part that is frozen."""
+    model, forward = graphed
+    other = copy.deepcopy(model)
+    eager = TrainingForward(other, "some", kernels=True)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    for number, time in enumerate([500, 500, 500, 500, 400, 500, 500, 500]):
+        mixture, targets = (tensor.to(DEVICE) for tensor in make_batch(2, time, number))
+        for separate_batch in (forward, eager):
+            with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+                estimates = separate_batch(mixture)
+                F.mse_loss(estimates, targets).backward()
+        for one, expected in zip(model.parameters(), other.parameters(), strict=True):
+            assert (one.grad is None) == (expected.grad is None)
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, expected.grad, rtol=1e-4, atol=1e-5)
+        if number % 2:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if number == 5:
+            for m in (model, other):
+                m.encoder.requires_grad_(False)
+
+
+def test_a_graph_refuses_what_it_would_compute_wrongly(graphed):
+    _, forward = graphed
+    first, second = (forward(make_batch(2, 500, seed)[0].to(DEVICE)) for seed in range(2))
+    with pytest.raises(RuntimeError, match="--compile no"):
+        first.sum().backward()
+    loss = second.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="--compile no"):
+        loss.backward()
+
+
+def test_the_memory_of_graphs_is_given_back(graphed):
+    model, forward = graphed
+    mixture = make_batch(8, 20_000)[0].to(DEVICE)
+    forward(mixture).sum().backward()  # what libraries take is theirs from now on
+    forward.release()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    forward(mixture).sum().backward()
+    held = torch.cuda.memory_reserved() - before
+    forward.release()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 0.1 * held
+    with torch.no_grad():
+        expected = model(mixture)
+    assert error(forward(mixture).detach(), expected) < 1e-5
 
 
 @pytest.mark.usefixtures("finish")  # the runs below are under way while this compiles
@@ -488,7 +568,7 @@ def test_validation_does_not_hold_the_memory_of_training(tmp_path):
         max_epochs=1,
         accelerator=ACCELERATOR,
         devices=1,
-        callbacks=[reserved],
+        callbacks=[FreeCachedMemory(), reserved],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

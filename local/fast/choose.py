@@ -7,6 +7,7 @@ from torch import nn
 
 from local import tasnet
 from local.fast.equal import find_difference
+from local.fast.graphed import GraphedForward
 from local.fast.recompute import RecomputingForward
 from local.fast.training import TrainingForward, allow_tf32_products
 from local.tools.choices import FAST
@@ -75,7 +76,10 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
     if is_fast:
         if device.type == "cuda":
             allow_tf32_products()
-        return TrainingForward(model, memory, compiled, kernels), note
+        forward = TrainingForward(model, memory, compiled, kernels)
+        if kernels and not torch.distributed.is_initialized():
+            return GraphedForward(forward, model.parameters()), note + ", in CUDA graphs"
+        return forward, note
     if compiled:
         model.compile()
     return RecomputingForward(model, memory), note

@@ -201,12 +201,12 @@ class StopAtMaxSteps(pl.Callback):
 
 
 class FreeCachedMemory(pl.Callback):
-    """Frees the GPU memory that torch caches, between training and validation: they need blocks of
-    other sizes.
+    """Frees the GPU memory that is held for later, between training and validation: they need
+    blocks of other sizes.
     """
 
     def on_validation_start(self, trainer, pl_module):
         if pl_module.device.type == "cuda":
-            torch.cuda.empty_cache()
+            pl_module.free_memory()
 
     on_validation_end = on_validation_start

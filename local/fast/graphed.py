@@ -1,0 +1,119 @@
+"""The passes of a training step as CUDA graphs: a step has some two thousand kernels, which the CPU
+takes longer to launch than the GPU to run.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from local.fast.packed import product_dtype
+
+
+class GraphedForward:
+    """A forward pass that, with its backward pass, is captured at the first batch and replayed for
+    those that follow, with the same numbers.
+
+    It is captured anew for a batch of another shape or dtype, and where parameters have moved or
+    begun to need gradients. The backward pass of a batch must come before the next batch, whose
+    estimates take the place of its own.
+
+    Args:
+        forward: maps mixtures (M, audio_channels, T) to estimates, and changes nothing else.
+        parameters: what it computes with, and the gradients of which are wanted.
+    """
+
+    def __init__(self, forward: Callable, parameters: Iterable[nn.Parameter]):
+        self._forward, self._parameters = forward, tuple(parameters)
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the memory of the graphs, until the next batch."""
+        self._state = self._graphs = None
+
+    def __call__(self, mixture: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._forward(mixture)
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        state = self._describe(mixture)
+        if state != self._state:
+            self.release()
+            self._graphs = _Graphs(self._forward, trained, mixture)
+            self._state = state
+        return _Replay.apply(self._graphs, mixture, *trained)
+
+    def _describe(self, mixture: Tensor) -> tuple:
+        """What the graphs rely on."""
+        places = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
+        return mixture.shape, mixture.dtype, product_dtype(mixture), *places
+
+
+class _Graphs:
+    """A forward and a backward pass, with tensors of their own for what goes in and comes out."""
+
+    def __init__(self, forward: Callable, trained: list[nn.Parameter], mixture: Tensor):
+        self._mixture, device = mixture.clone(), mixture.device.type
+        self._passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._run = 0  # of the forward pass whose activations are there
+        stream, pool = torch.cuda.Stream(mixture.device), torch.cuda.graph_pool_handle()
+
+        def capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+            # Threads that load batches may ask the driver for memory meanwhile.
+            return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+
+        def run_forward() -> Tensor:
+            # Autocast would keep copies of the weights, which would then never change.
+            dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                return forward(self._mixture)
+
+        def run_backward() -> tuple[Tensor, ...]:
+            with torch.autocast(device, enabled=False):
+                return torch.autograd.grad(self._estimates, trained, self._grad)
+
+        # The first time, kernels are compiled and libraries take memory, which cannot be captured.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._estimates = run_forward()
+            self._grad = torch.zeros_like(self._estimates)
+            run_backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        del self._estimates
+        with capture(self._passes[0]):
+            self._estimates = run_forward()
+        with capture(self._passes[1]):
+            self._grads = run_backward()
+        self._estimates = self._estimates.detach()  # or the graph of autograd would live on
+
+    def replay_forward(self, mixture: Tensor) -> tuple[Tensor, int]:
+        """(the estimates, the number of this run)."""
+        self._mixture.copy_(mixture)
+        self._passes[0].replay()
+        self._run += 1
+        return self._estimates.detach(), self._run
+
+    def replay_backward(self, grad: Tensor, run: int) -> tuple[Tensor, ...]:
+        """The gradients of the parameters, which autograd copies: they are overwritten."""
+        if run != self._run:
+            raise RuntimeError(
+                "the backward pass of a batch comes after the next batch, or twice, but its"
+                " activations are gone; with --compile no they are kept"
+            )
+        self._run += 1
+        self._grad.copy_(grad)
+        self._passes[1].replay()
+        return self._grads
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphs, mixture, *trained):
+        ctx.graphs = graphs
+        estimates, ctx.run = graphs.replay_forward(mixture)
+        return estimates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, None, *ctx.graphs.replay_backward(grad, ctx.run)
