@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from local.fast.choose import choose_fast
+from local.fast.choose import choose_batch_forward, choose_fast
 from local.fast.full import separate_full
 from local.fast.packed import autocast_to, find_precision_fault
 from local.fast.rows import tile_size
@@ -191,8 +191,8 @@ def _concatenate(blocks: Iterable[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
-def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
-    """Runs the model: (M, audio_channels, T) -> (M, C, audio_channels, T).
+def run_model(model: nn.Module, mixtures: Tensor, forward: Callable | None = None) -> Tensor:
+    """Runs the model, or a forward pass of it: (M, audio_channels, T) -> (M, C, audio_channels, T).
 
     Raises:
         ValueError: it returns another shape.
@@ -200,7 +200,7 @@ def run_model(model: nn.Module, mixtures: Tensor) -> Tensor:
     batch, channels, time = mixtures.shape
     if time == 0:
         return mixtures.new_zeros(batch, model.C, channels, 0)
-    estimates = model(mixtures)
+    estimates = (forward or model)(mixtures)
     if estimates.shape != (batch, model.C, channels, time):
         raise ValueError(
             f"the model must give {(batch, model.C, channels, time)} for a mixture of"
@@ -230,8 +230,9 @@ def _overlap_add(
     make_ramp = partial(torch.linspace, 0, 1, fade, device=like.device)
     tail = None  # the end of the window before, faded out
     most = count_windows(model, hop + shared, like.device)
+    forward = _choose_window_forward(model, is_fast)
     for mixtures, is_end in batch_windows(cut_windows(blocks, hop, shared), most):
-        estimates = _forward(model, mixtures.to(like), is_fast)
+        estimates = forward(mixtures.to(like))
         for number, window in enumerate(estimates, start=1):
             time = done = window.shape[-1]
             if tail is not None:
@@ -247,12 +248,16 @@ def _overlap_add(
             yield window[..., :done]
 
 
-def _forward(model: nn.Module, mixtures: Tensor, is_fast: bool) -> Tensor:
-    """Separates windows, by the fast path on a CPU only: on a GPU, whole windows are faster."""
-    if is_fast and mixtures.device.type == "cpu":
+def _choose_window_forward(model: nn.Module, is_fast: bool) -> Callable[[Tensor], Tensor]:
+    """From windows to their estimates: on a CPU one by one, on a GPU all at once."""
+
+    def run_each(mixtures: Tensor) -> Tensor:
         pieces = [_run_fast(model, [mixture], lambda samples: None) for mixture in mixtures]
         return torch.stack(list(map(_join, pieces, repeat(model), mixtures)))
-    return run_model(model, mixtures)
+
+    if is_fast and next(model.parameters()).device.type == "cpu":
+        return run_each
+    return partial(run_model, model, forward=choose_batch_forward(model, is_fast))
 
 
 def _stream(

@@ -380,6 +380,31 @@ def test_overlap_add_takes_several_windows_and_gives_what_the_cpu_gives(norm_typ
     assert error(estimates, expected) < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("norm_type", WITH_KERNELS)
+def test_windows_are_separated_by_the_kernels(norm_type, precision, monkeypatch):
+    from local.fast import gpu
+
+    model, _ = whole_song(norm_type, norm_type == "cLN")
+    on_device, calls = copy.deepcopy(model).to(DEVICE), []
+    skip_without_kernels(on_device)
+
+    def forward(*args):
+        calls.append(args)
+        return gpu.forward(*args)
+
+    mixture, settings = make_mixture(), ("overlap-add", 20.0)
+    expected = separate(copy.deepcopy(model).double(), mixture.double(), *settings, fast="no")
+    monkeypatch.setattr(gpu, "PASSES", gpu.PASSES._replace(forward=forward))
+    for length in (LENGTH, 20_001, 5, 0):
+        found = separate(on_device, mixture[:, :length], *settings, precision=precision)
+        if length == LENGTH:
+            assert error(found, expected) < (1e-5 if precision == "float32" else 2e-2)
+    found = separate(on_device.double(), mixture.double(), *settings)
+    assert error(found, expected) < 1e-9  # not by the kernels, whose sums are in float32
+    assert calls
+
+
 def test_windows_are_separated_in_the_memory_that_is_left(monkeypatch):
     """One by one here, with what they give together."""
     model, _ = whole_song("gLN", False)

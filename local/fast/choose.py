@@ -85,12 +85,27 @@ def choose_forward(model: nn.Module, training: dict, device: torch.device) -> tu
     return RecomputingForward(model, memory), note
 
 
+def choose_batch_forward(model: nn.Module, is_fast: bool) -> Callable:
+    """The forward pass of batches in inference: by the kernels where they work, or the model's own.
+
+    Args:
+        is_fast: whether the fast path may be used.
+    """
+    device = next(model.parameters()).device
+    if is_fast and device.type == "cuda" and not find_difference(model, training=True):
+        if not find_kernel_fault(model, device):
+            return TrainingForward(model, kernels=True)
+    return model
+
+
 def find_kernel_fault(model: tasnet.ConvTasNetStereo, device: torch.device) -> str:
     """Why the kernels of local/fast/gpu.py cannot run a model on a device, in a line; "" if they
     can, which is tried on a block.
     """
     if model.norm_type not in WITH_KERNELS:
         return f"there are none for {model.norm_type}"
+    if next(model.parameters()).dtype != torch.float32:
+        return "they are for weights in float32"
     if device.type != "cuda" or torch.version.hip:
         return "they are for GPUs of NVIDIA"
     if torch.cuda.get_device_capability(device) < OLDEST:

@@ -2,6 +2,7 @@
 takes longer to launch than the GPU to run.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -56,7 +57,7 @@ class _Graphs:
         self._mixture, device = mixture.clone(), mixture.device.type
         self._passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._run = 0  # of the forward pass whose activations are there
-        stream, pool = torch.cuda.Stream(mixture.device), torch.cuda.graph_pool_handle()
+        stream, pool = _get_stream(mixture.device), torch.cuda.graph_pool_handle()
 
         def capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
             # Threads that load batches may ask the driver for memory meanwhile.
@@ -104,6 +105,12 @@ class _Graphs:
         self._grad.copy_(grad)
         self._passes[1].replay()
         return self._grads
+
+
+@functools.cache
+def _get_stream(device: torch.device) -> torch.cuda.Stream:
+    """A single one, since cuBLAS keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Replay(torch.autograd.Function):

@@ -72,11 +72,12 @@ class TrainingForward:
         """Separates.
 
         Shape:
-            - mixture: (M, audio_channels, T) with T >= L
+            - mixture: (M, audio_channels, T)
             - estimates: (M, C, audio_channels, T)
         """
-        if not all(norm.training for norm in self._batch_norms):
-            return self._model(mixture)  # frozen statistics of BN have no fast forward
+        is_short = mixture.shape[-1] < self._model.encoder.length
+        if is_short or not all(norm.training for norm in self._batch_norms):
+            return self._model(mixture)  # no frame, or the frozen statistics of BN
         weights, residual = self._start(self._model, mixture)
         scratch = self._make_scratch(residual)
         with torch.cuda.device_of(residual):  # Triton takes the current device

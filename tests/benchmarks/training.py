@@ -18,8 +18,9 @@ from benchmarks.cases import MODELS, RATE, Case, count_gflop, matrix_rate
 from benchmarks.measuring import measure_apart, median_row, peak_memory, start_memory, stopwatch
 from benchmarks.options import add_common, choose_devices, count, read_sizes, seconds
 from benchmarks.report import print_table
-from local.fast.choose import find_compiler_fault, find_kernel_fault
-from local.fast.training import TrainingForward, allow_tf32_products
+from local.fast.choose import choose_forward, find_compiler_fault
+from local.fast.graphed import GraphedForward
+from local.fast.training import allow_tf32_products
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
 from local.tools.choices import MEMORY
@@ -137,7 +138,8 @@ def step_rows(cases: list[Training], steps: list[Step], args: argparse.Namespace
 def measure_step(case: Training, step: Step) -> dict:
     allow_tf32_products()
     model, mixture, targets = case.load_batch()
-    take = choose_step(case, model, step)
+    forward = choose_step_forward(case, model, step)
+    take = make_step(case, model, step, forward)
     rate_before = matrix_rate(case, DTYPES[step.precision])
     memory_before = start_memory(case.device)
     loss, first_s = stopwatch(case.device, lambda: take(mixture, targets))
@@ -159,23 +161,29 @@ def measure_step(case: Training, step: Step) -> dict:
         "floor_s": floor_s,
         "floor_share": 100 * floor_s / step_s,
         "extra_mb": extra / 1e6,
-        "song_mb": measure_validation(case, model, step) if case.device == "cuda" else None,
+        "song_mb": measure_validation(case, model, step, forward)
+        if case.device == "cuda"
+        else None,
         "compile_s": first_s - step_s if step.name == "compiled" else None,
         "error": error,
     }
 
 
-def choose_step(case: Training, model: ConvTasNetStereo, step: Step) -> Callable:
+def choose_step_forward(case: Training, model: ConvTasNetStereo, step: Step) -> Callable:
+    """From mixtures to estimates: the textbook's, or that of train.py."""
+    if step.name == "textbook":
+        return partial(textbook.separate, dict(model.named_parameters()), case.conf)
+    compile_ = "yes" if step.name == "compiled" else "no"
+    training = {"memory": step.memory, "compile": compile_, "fast": "yes"}
+    return choose_forward(model, training, torch.device(case.device))[0]
+
+
+def make_step(
+    case: Training, model: ConvTasNetStereo, step: Step, separate_batch: Callable
+) -> Callable:
     """A function from mixture and targets to the loss, which trains the model."""
-    is_textbook, state = step.name == "textbook", dict(model.named_parameters())
-    compiled = step.name == "compiled"
-    kernels = compiled and not find_kernel_fault(model, torch.device(case.device))  # as in train.py
-    separate_batch = (
-        partial(textbook.separate, state, case.conf)
-        if is_textbook
-        else TrainingForward(model, step.memory, compiled, kernels)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-9, fused=not is_textbook)
+    fused = step.name != "textbook"
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-9, fused=fused)
 
     def take(mixture: Tensor, targets: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -204,10 +212,14 @@ def gradient_error(case: Training, model: ConvTasNetStereo, step: Step) -> float
     return float((gradients - expected).norm() / expected.norm())
 
 
-def measure_validation(case: Training, model: ConvTasNetStereo, step: Step) -> float | None:
-    """MB reserved at the worst moment of training and the validation of a song thereafter."""
-    if step.name == "textbook":
+def measure_validation(
+    case: Training, model: ConvTasNetStereo, step: Step, forward: Callable
+) -> float | None:
+    """MB of a GPU reserved at the worst moment of training and the validation of a song after it."""
+    if case.device != "cuda" or step.name == "textbook":
         return None
+    if isinstance(forward, GraphedForward):
+        forward.release()
     torch.cuda.empty_cache()  # as training does
     song = 0.1 * torch.randn(model.audio_channels, round(case.song * RATE), device=case.device)
     with autocast(case, step):
