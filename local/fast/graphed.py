@@ -54,38 +54,38 @@ class _Graphs:
     """A forward and a backward pass, with tensors of their own for what goes in and comes out."""
 
     def __init__(self, forward: Callable, trained: list[nn.Parameter], mixture: Tensor):
-        self._mixture, device = mixture.clone(), mixture.device.type
+        self._forward, self._trained, self._mixture = forward, trained, mixture.clone()
         self._passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._run = 0  # of the forward pass whose activations are there
+        self._warm_up()
         stream, pool = _get_stream(mixture.device), torch.cuda.graph_pool_handle()
-
-        def capture(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        for graph, run in zip(self._passes, (self._run_forward, self._run_backward), strict=True):
             # Threads that load batches may ask the driver for memory meanwhile.
-            return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-
-        def run_forward() -> Tensor:
-            # Autocast would keep copies of the weights, which would then never change.
-            dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-            with torch.autocast(device, dtype, enabled, cache_enabled=False):
-                return forward(self._mixture)
-
-        def run_backward() -> tuple[Tensor, ...]:
-            with torch.autocast(device, enabled=False):
-                return torch.autograd.grad(self._estimates, trained, self._grad)
-
-        # The first time, kernels are compiled and libraries take memory, which cannot be captured.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._estimates = run_forward()
-            self._grad = torch.zeros_like(self._estimates)
-            run_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        del self._estimates
-        with capture(self._passes[0]):
-            self._estimates = run_forward()
-        with capture(self._passes[1]):
-            self._grads = run_backward()
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                run()
         self._estimates = self._estimates.detach()  # or the graph of autograd would live on
+
+    def _warm_up(self) -> None:
+        """Kernels are compiled and libraries take memory, which cannot be captured."""
+        stream, current = _get_stream(self._mixture.device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._run_forward()
+            self._grad = torch.zeros_like(self._estimates)
+            self._run_backward()
+        current.wait_stream(stream)
+        del self._estimates, self._grads
+
+    def _run_forward(self) -> None:
+        device = self._mixture.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Autocast would keep copies of the weights, which would then never change.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            self._estimates = self._forward(self._mixture)
+
+    def _run_backward(self) -> None:
+        with torch.autocast(self._mixture.device.type, enabled=False):
+            self._grads = torch.autograd.grad(self._estimates, self._trained, self._grad)
 
     def replay_forward(self, mixture: Tensor) -> tuple[Tensor, int]:
         """(the estimates, the number of this run)."""

@@ -215,7 +215,7 @@ def gradient_error(case: Training, model: ConvTasNetStereo, step: Step) -> float
 def measure_validation(
     case: Training, model: ConvTasNetStereo, step: Step, forward: Callable
 ) -> float | None:
-    """MB of a GPU reserved at the worst moment of training and the validation of a song after it."""
+    """MB that a GPU reserves at the worst moment of training and validation of a song after it."""
     if case.device != "cuda" or step.name == "textbook":
         return None
     if isinstance(forward, GraphedForward):
