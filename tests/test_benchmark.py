@@ -2,9 +2,13 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import benchmark
+import psutil
 import pytest
 from benchmarks import cases, loading, training
 from conftest import ROOT, run_command, run_python, slow
@@ -92,7 +96,7 @@ def test_without_a_compiler_the_other_steps_are_measured(monkeypatch, capsys):
     monkeypatch.setattr(training, "find_compiler_fault", lambda device: "no g++")
     args = argparse.Namespace(compile="both", memory=["some"])
     steps = training.choose_steps("cpu", args)
-    assert [step.name for step in steps] == ["textbook", "plain"]
+    assert list(dict.fromkeys(step.name for step in steps)) == ["textbook", "plain"]
     assert capsys.readouterr().out == "without torch.compile: no g++\n"
 
 
@@ -168,6 +172,32 @@ def test_bad_options(error_of, flags):
 
 def test_no_command_is_an_error(error_of):
     assert "COMMAND" in error_of(benchmark.main)
+
+
+MEASURE = """\
+import os, sys, time
+from benchmarks.measuring import measure_apart
+
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    measure_apart(work)
+"""
+
+
+def test_a_measurement_ends_with_the_benchmark(tmp_path):
+    (tmp_path / "measure.py").write_text(MEASURE)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, tmp_path / "measure.py"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_it_needs_torch_and_the_hub_alone():

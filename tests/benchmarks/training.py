@@ -20,6 +20,7 @@ from benchmarks.options import add_common, choose_devices, count, read_sizes, se
 from benchmarks.report import print_table
 from local.fast.choose import choose_forward, find_compiler_fault
 from local.fast.graphed import GraphedForward
+from local.fast.packed import find_precision_fault
 from local.fast.training import allow_tf32_products
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -115,7 +116,7 @@ def choose_steps(device: str, args: argparse.Namespace) -> list[Step]:
     if "compiled" in names and (fault := find_compiler_fault(torch.device(device))):
         names.remove("compiled")
         print(f"without torch.compile: {fault}")
-    precisions = ["float32"] if device == "cpu" else list(DTYPES)
+    precisions = [p for p in DTYPES if not find_precision_fault(p, torch.device(device))]
     steps = [Step(name, memory, p) for p in precisions for name in names for memory in args.memory]
     return [Step("textbook"), *steps]
 
