@@ -9,7 +9,6 @@ come, with a causal model.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -27,13 +26,11 @@ from local.tools.command_line import (
     UserError,
     cleaning_up_on_sigterm,
     clear_errors,
-    plural,
     raise_together,
     suggest_path,
 )
 from local.tools.ffmpeg import need_ffmpeg
-from local.tools.memory import free_memory, is_out_of_memory
-from local.tools.progress import add_progress_flags, report, set_progress
+from local.tools.progress import add_progress_flags, set_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,127 +151,54 @@ def find_device_faults(device: str) -> list[str]:
 
 
 def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
-    """Separate all songs into folders of OUT.
-
-    Returns:
-        song, or a folder or link that cannot be read -> its fault; of a song, also where it could
-        be separated in part.
-
-    Raises:
-        UserError: there is no song, or OUT cannot be written.
-    """
+    """Separate all songs into folders of OUT: see `process_songs`."""
     from local.estimates import describe_settings
-    from local.needs import describe_failure
-    from local.songs.find import check_writable, find_songs
+    from local.songs.batch import process_songs
 
-    songs, failures = find_songs(args.songs, args.out)
-    for path, fault in failures.items():
-        report(f"{path}: {fault}", sys.stderr)
-    check_writable(args.out)
     settings = describe_settings(args, model)
-    on_cpu = "" if args.device == "cpu" else "--device cpu"
-    done = {False: 0, True: 0}
-    for number, (folder, song) in enumerate(songs.items(), start=1):
-        title = f"[{number}/{len(songs)}] {song.name}"
-        try:
-            done[separate_missing(model, song, folder, args, title, settings)] += 1
-        except Exception as error:
-            failures[song] = describe_failure(error, args, on_cpu)
-            report(f"{title}: {failures[song]}", sys.stderr)
-    faults = f", {len(failures)} with faults" if failures else ""
-    separated = plural(done[True], "song")
-    report(f"{separated} separated to {args.out}, {done[False]} there already{faults}")
-    return failures
+
+    def process(song: Path, folder: Path, title: str) -> bool:
+        return separate_song(model, song, folder, args, title, settings)
+
+    return process_songs(args, process, "separated")
 
 
-def separate_missing(
+def separate_song(
     model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, settings: dict
 ) -> bool:
-    """Separate a song whose estimates are not there yet, and return whether they were not.
+    """Write the estimates of a song, with its length, sampling rate and number of channels, and
+    what made them: see `songs.record`.
 
     Args:
         settings: see `estimates.describe_settings`.
 
-    Raises:
-        UserError: the folder has estimates of another song, or by other settings; or see
-            `separate_song`.
-    """
-    from local.estimates import list_targets
-    from local.songs.record import find_fault, plan_record
-
-    record = plan_record(song, settings, args.float32)
-    is_there = all((folder / f"{name}.wav").is_file() for name in list_targets(model))
-    if args.overwrite or not is_there:
-        separate_song(model, song, folder, args, title, record)
-        return True
-    if fault := find_fault(folder, record):
-        advice = "--overwrite separates it again, --out writes elsewhere"
-        raise UserError(f"{folder} holds {fault}; {advice}")
-    report(f"{title}: is in {folder} already; --overwrite separates it again")
-    return False
-
-
-def separate_song(
-    model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, record: dict
-) -> None:
-    """Write the estimates of a song, with its length, sampling rate and number of channels, and
-    what made them: see `songs.record`.
+    Returns:
+        whether they were not there yet.
 
     Raises:
-        UserError: the folder cannot be written, memory is too small, or the song cannot be read, or
-            only in part; the part that can be read is separated.
+        UserError: the folder has estimates of another song, or by other settings, or cannot be
+            written; memory is too small; or the song cannot be read, or only in part: then that
+            part is separated.
     """
-    import torch
-
-    from local.estimates import EstimateWriter, list_settings, list_targets, progress_bar
-    from local.inference import separate_blocks
-    from local.songs.convert import read_mixture, restore
+    from local.estimates import EstimateWriter, list_targets
+    from local.songs.batch import writing_to
     from local.songs.read import SongReader
-    from local.songs.record import save_record
+    from local.songs.record import is_made, plan_record, save_record
+    from local.songs.separation import SongSeparation
 
-    reader, rate, targets = SongReader(song), model.samplerate, list_targets(model)
-    mixture = read_mixture(reader, rate)
-    seconds = reader.expected / reader.rate if reader.expected else math.inf
-    if args.method == "full":
-        mixture = [torch.cat(list(mixture), dim=-1)]
-        seconds = mixture[0].shape[-1] / rate
-    memory = check_memory(model, seconds, args)
-    if args.method == "full":
-        report(f"{title}: {memory}")
-    samples = reader.expected and round(reader.expected * rate / reader.rate)
-    try:
-        with (
-            progress_bar(title, samples, rate) as bar,
-            EstimateWriter(folder, reader.rate, reader.channels, args.float32, targets) as writer,
-        ):
-            blocks = separate_blocks(model, mixture, *list_settings(args, bar.update))
-            for estimates in restore(blocks, targets, rate, reader):
+    targets, record = list_targets(model), plan_record(song, settings, args.float32)
+    if is_made(folder, [f"{name}.wav" for name in targets], record, args.overwrite):
+        return False
+    reader = SongReader(song)
+    separation = SongSeparation(model, reader, args, title)
+    form = reader.rate, reader.channels, args.float32
+    with writing_to(folder):
+        with EstimateWriter(folder, *form, targets) as writer:
+            for estimates in separation.read():
                 writer.write(estimates)
         save_record(folder, record | {"damage": reader.damage or ""})
-    except OSError as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
-    if reader.note:
-        report(f"{title}: {reader.note}")
-    if reader.damage:
-        raise UserError(f"damaged; separated what ffmpeg could read: {reader.damage}")
-
-
-def check_memory(model: nn.Module, seconds: float, args: Namespace) -> str:
-    """Return what memory the separation of a song needs, and finds.
-
-    Raises:
-        UserError: that is too little.
-    """
-    from local.needs import advise_on_memory, separation_bytes
-
-    in_blocks = args.method != "full"
-    needed, free = separation_bytes(model, seconds, args, in_blocks), free_memory()
-    memory = f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
-    if needed > free:
-        raise UserError(f"--method {args.method} needs {memory}{advise_on_memory(args)}")
-    return f"--method {args.method} needs {memory}"
+    separation.report_end()
+    return True
 
 
 if __name__ == "__main__":

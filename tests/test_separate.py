@@ -171,7 +171,7 @@ def test_what_exists_is_kept_unless_overwritten(flags, tmp_path, capsys):
     before = write_times(tmp_path / "out")
     assert separate_songs(tmp_path / "song.wav", *flags) == 0
     assert write_times(tmp_path / "out") == before
-    assert "--overwrite separates it again" in capsys.readouterr().out
+    assert "--overwrite makes it again" in capsys.readouterr().out
     assert separate_songs(tmp_path / "song.wav", *flags, "--overwrite") == 0
     assert write_times(tmp_path / "out") != before
     # Half of a song, as a killed run leaves it, is no song.
@@ -373,7 +373,7 @@ def test_a_song_without_memory_does_not_stop_the_others(
     def separate_or_fail(model, song, *args):
         if song.stem == "b":
             raise error
-        separate_song(model, song, *args)
+        return separate_song(model, song, *args)
 
     monkeypatch.setattr(command, "separate_song", separate_or_fail)
     assert separate_songs(tmp_path, *flags) == 1
@@ -389,7 +389,7 @@ def test_full_says_what_memory_it_needs_and_is_not_tried_without(
     write_song(tmp_path / "song.wav")
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full") == 0
     assert "--method full needs about 0.1 GB of memory" in capsys.readouterr().out
-    monkeypatch.setattr(command, "free_memory", lambda: 10_000_000)
+    monkeypatch.setattr("local.songs.separation.free_memory", lambda: 10_000_000)
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full", "--overwrite") == 1
     error = capsys.readouterr().err
     assert "--method full needs about 0.1 GB" in error and "--method overlap-add" in error
