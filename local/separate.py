@@ -9,8 +9,6 @@ come, with a causal model.
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -20,17 +18,19 @@ if not __package__:  # run as a script: Python puts this folder on its path, not
     sys.path[0] = str(Path(__file__).parents[1])
 
 from local.musdb18_tracks import SOURCES, TARGETS
-from local.tools.choices import add_method_flags
+from local.songs.flags import (
+    add_song_flags,
+    choose_device,
+    find_device_faults,
+    find_input_faults,
+)
 from local.tools.command_line import (
     OneLineParser,
-    UserError,
     cleaning_up_on_sigterm,
     clear_errors,
     raise_together,
-    suggest_path,
 )
-from local.tools.ffmpeg import need_ffmpeg
-from local.tools.progress import add_progress_flags, set_progress
+from local.tools.progress import set_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,29 +50,18 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m local.separate", description=__doc__)
     add = parser.add_argument
-    add("songs", nargs="*", type=Path, metavar="SONG", help="audio file, or folder of them")
-    add(
-        "--checkpoint",
-        type=os.path.expanduser,
-        required=True,
-        help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name",
-    )
-    add("-o", "--out", type=Path, default="separated", help="folder to write to [%(default)s]")
-    add("--overwrite", action="store_true", help="separate songs again that are in OUT already")
-    add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")
-    add("-d", "--device", help="cpu, cuda, cuda:1, ... [cuda where torch finds a GPU, else cpu]")
-    add_method_flags(parser)
-    add_progress_flags(parser)
+    add_song_flags(parser, out="separated")
     add(
         "--stream",
         nargs="?",
         const="vocals",
-        choices=(*TARGETS, *SOURCES[1:], "both"),
+        choices=(*TARGETS, *SOURCES[1:], "both", "remix"),
         help="read raw float32 samples from stdin, channels interleaved, at the model's rate, and"
         " write this, vocals by default, to stdout; bass, drums, other: by a model of four stems;"
-        " both: vocals' channels, then accompaniment's",
+        " both: vocals' channels, then accompaniment's; remix: as local.enhance, with --alpha",
     )
-    add("--block", type=float, metavar="MS", help="of --stream, in ms [what the pipe holds]")
+    add("--alpha", type=float, metavar="A", help="of --stream remix, from 0 to 1")
+    add("--block", type=float, metavar="MS", help="of --stream [what the pipe holds; remix: 20]")
     return parser
 
 
@@ -82,17 +71,15 @@ def run(args: Namespace) -> int:
     Raises:
         UserError: the flags, the checkpoint or OUT cannot be used.
     """
-    import torch
-
     from local.estimates import check_method_flags, load_separator
     from local.fast.choose import describe_fast
     from local.raw_stream import separate_stream
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or choose_device()
     raise_together(find_faults(args))
     model = load_separator(args.checkpoint).to(args.device)
     if args.stream:
-        return separate_stream(model, args.stream, args.block, args.precision)
+        return separate_stream(model, args.stream, args.block, args.precision, args.alpha)
     check_method_flags(model, args)
     print(f"through {describe_fast(model, args.fast)}")
     return 1 if separate_songs(model, args) else 0
@@ -112,6 +99,10 @@ def find_stream_faults(args: Namespace) -> list[str]:
         faults.append(f"--block must be above 0 and at most {LONGEST_BLOCK} ms, got {args.block}")
     if args.fast == "no":
         faults.append("--stream needs the fast path; omit --fast no")
+    if args.stream == "remix" and (args.alpha is None or not 0 <= args.alpha <= 1):
+        faults.append(f"--stream remix needs an --alpha from 0 to 1, got {args.alpha}")
+    if args.stream != "remix" and args.alpha is not None:
+        faults.append("--alpha is for --stream remix; remixes of songs are made by local.enhance")
     for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
         if file is None or file.isatty():
             kind = "closed" if file is None else "a terminal"
@@ -120,34 +111,14 @@ def find_stream_faults(args: Namespace) -> list[str]:
 
 
 def find_song_faults(args: Namespace) -> list[str]:
-    exists = {song: os.path.isfile(song) or os.path.isdir(song) for song in args.songs}
-    gone = [song for song in args.songs if not exists[song]]
-    faults = [f"no such file or folder: {song}{suggest_path(song)}" for song in gone]
+    faults = find_input_faults(args)
     if not args.songs:
         faults.append("name a SONG, or use --stream")
     if args.block is not None:
         faults.append("--block needs --stream")
-    if args.out.exists() and not args.out.is_dir():
-        faults.append(f"--out: {args.out} is a file; name a folder")
-    try:
-        need_ffmpeg()
-    except UserError as error:
-        faults.append(str(error))
+    if args.alpha is not None:
+        faults.append("--alpha is for --stream remix; remixes of songs are made by local.enhance")
     return faults
-
-
-def find_device_faults(device: str) -> list[str]:
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        return [f"--device must be cpu, cuda, or cuda: and a number, got {device}"]
-    if device == "cpu":
-        return []
-    if not torch.cuda.is_available():
-        return [f"--device {device}: torch finds no GPU; use --device cpu"]
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        return [f"--device {device}: torch finds {torch.cuda.device_count()} GPU(s)"]
-    return []
 
 
 def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:

@@ -1,7 +1,5 @@
 """Vocals and accompaniment joined again, with the vocals lifted."""
 
-import math
-
 import numpy as np
 
 from local.lift.loudness import LoudnessMeter
@@ -45,14 +43,10 @@ class Remix:
         self._meter.add(remix.T)
         self._peak = max(self._peak, find_peak(remix))
 
-    def level(self, loudness: float) -> bool:
-        """Sets the gain that brings the remix to a loudness in LUFS; returns whether there is one,
-        which silence and short songs have not.
-        """
-        change = loudness - self._meter.measure()
-        if math.isfinite(change):
-            self.gain = to_gain(change)
-        return math.isfinite(change)
+    @property
+    def loudness(self) -> float:
+        """In LUFS, of what was measured."""
+        return self._meter.measure()
 
     @property
     def peak(self) -> float:
