@@ -11,7 +11,7 @@ from local.lift.listener import Listener, make_listener, read_json
 from local.tools.command_line import UserError, raise_together, suggest
 from local.tools.sound_files import read_header
 
-RATE = 44100  # Hz
+RATE, MIXTURE = 44100, "mixture.flac"  # of each song
 
 MOST_FAULTS = 20  # that are shown
 
@@ -78,6 +78,22 @@ def read_pairs(metadata: Path, music: Path, split: str) -> dict[Segment, list[Pa
     return pairs
 
 
+def check_song(segment: Segment) -> None:
+    """Raise a ValueError where a segment cannot be cut from its song."""
+    file = segment.file
+    if not file.is_file():
+        raise ValueError(f"--music: no such file: {file}, which {segment.name} names")
+    try:
+        info = read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if (info.samplerate, info.channels) != (RATE, 2):
+        found = f"{info.samplerate} Hz and {info.channels} channel(s)"
+        raise ValueError(f"{file}: expected {RATE} Hz and 2 channels, got {found}")
+    if info.frames < segment.stop:
+        raise ValueError(f"{file}: ends after {info.duration:.2f} s, before {segment.name} does")
+
+
 class Table:
     """A JSON file that holds entries by name."""
 
@@ -111,26 +127,17 @@ class Package:
         name = self._find_key(scene, "segment_id")
         entry = self._segments.find(name, f"scene {scene}")
         try:
-            path, ends = entry["path"], (entry["start_time"], entry["end_time"])
-            start, stop = (int(seconds * RATE) for seconds in ends)
-            file = self._folder / path / "mixture.flac"
-        except (LookupError, TypeError, ValueError):
+            start, stop = (float(entry[key]) for key in ("start_time", "end_time"))
+            segment = Segment(
+                name, self._folder / entry["path"] / MIXTURE, int(start * RATE), int(stop * RATE)
+            )
+        except (LookupError, TypeError, ValueError, OverflowError):
             needed = "path, start_time and end_time in seconds"
             raise ValueError(f"music: {name} must have {needed}, got {entry}") from None
-        if not 0 <= start < stop:
-            raise ValueError(f"music: {name} ends before it starts: {ends[0]} to {ends[1]} s")
-        if not file.is_file():
-            raise ValueError(f"--music: no such file: {file}, which {name} names")
-        try:
-            info = read_header(file)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        if (info.samplerate, info.channels) != (RATE, 2):
-            found = f"{info.samplerate} Hz and {info.channels} channel(s)"
-            raise ValueError(f"{file}: expected {RATE} Hz and 2 channels, got {found}")
-        if info.frames < stop:
-            raise ValueError(f"{file}: ends after {info.duration:.2f} s, before {name} does")
-        return Segment(name, file, start, stop)
+        if not 0 <= segment.start < segment.stop:
+            raise ValueError(f"music: {name} must end after it starts, got {start} to {stop} s")
+        check_song(segment)
+        return segment
 
     def find_alpha(self, scene: str) -> float:
         name = self._find_key(scene, "alpha")

@@ -45,8 +45,14 @@ def enhance_scenes(
         how many segments failed.
 
     Raises:
-        UserError: DIR has remixes by other settings, or cannot be written.
+        UserError: the model is of another sampling rate; or DIR has remixes by other settings, or
+            cannot be written.
     """
+    if model.samplerate != RATE:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: --scenes needs a model of {RATE} Hz, this one is of"
+            f" {model.samplerate} Hz"
+        )
     folder = args.out / FOLDER
     with writing_to(args.out):
         folder.mkdir(parents=True, exist_ok=True)
