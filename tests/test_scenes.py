@@ -194,34 +194,18 @@ def test_wrong_references_are_listed_together_before_the_work(package, words, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "fault"),
+    ("start", "end", "fault"),
     [
-        (
-            "M1",
-            {"path": "train/one", "start_time": 0.5, "end_time": 0.5},
-            "must end after it starts",
-        ),
-        ("M1", {"path": "train/one", "start_time": 0, "end_time": 1.01}, "ends after 1.00 s"),
-        (
-            "M1",
-            {"path": "train/one", "start_time": "0", "end_time": None},
-            "start_time and end_time",
-        ),
-        ("M1", {"start_time": 0, "end_time": 1}, "must have path"),
-        ("M1", 5, "must have path"),
+        (0.5, 0.5, "must end after it starts"),
+        (-1, 0.5, "must end after it starts"),
+        (0, 1.01, "ends after 1.00 s"),
+        ("zero", None, "start_time and end_time"),
+        (0, float("nan"), "start_time and end_time"),
     ],
 )
-def test_segments_that_cannot_be_cut(name, entry, fault, package):
-    change(package, "music.valid", **{name: entry})
+def test_segments_that_cannot_be_cut(start, end, fault, package):
+    change(package, "music.valid", M1={"path": "train/one", "start_time": start, "end_time": end})
     with pytest.raises(UserError, match=fault):
-        read_pairs(package / "metadata", package / "audio", "valid")
-
-
-@pytest.mark.parametrize(("rate", "channels"), [(48000, 2), (RATE, 1)])
-def test_songs_of_another_rate_or_mono(rate, channels, package):
-    song = np.zeros((2 * rate, channels))
-    sf.write(package / "audio" / "train" / "one" / "mixture.flac", song, rate)
-    with pytest.raises(UserError, match="expected 44100 Hz and 2 channels"):
         read_pairs(package / "metadata", package / "audio", "valid")
 
 

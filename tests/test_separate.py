@@ -453,6 +453,10 @@ def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
         (song, "--method", "fast"): "invalid choice: 'fast'",
         (song, "--stream", "vocals"): "--stream reads stdin",
         (song, "--block", 20): "--block needs --stream",
+        (song, "--alpha", 0.5): "--alpha is for --stream remix",
+        ("--stream", "--alpha", 0.5): "--alpha is for --stream remix",
+        ("--stream", "remix"): "--stream remix needs an --alpha from 0 to 1",
+        ("--stream", "remix", "--alpha", 2): "--stream remix needs an --alpha from 0 to 1, got 2",
         ("--stream", "--block", 0): "--block must be above 0",
         ("--stream", "--block", "nan"): "--block must be above 0",
     }.items():
@@ -517,16 +521,19 @@ def streamed(checkpoint: Path, mixture: torch.Tensor) -> torch.Tensor:
     return torch.cat([engine.push(mixture), engine.flush()], dim=-1)
 
 
-@pytest.mark.parametrize("target", ["vocals", "accompaniment", "both"])
+@pytest.mark.parametrize("target", ["vocals", "accompaniment", "both", "remix"])
 def test_a_stream_is_the_whole_forward(target, checkpoints, mixture, stream):
-    status, out, error = stream(to_bytes(mixture), target)
+    words = ["--alpha", 0.5] if target == "remix" else []
+    status, out, error = stream(to_bytes(mixture), target, *words)
     assert status == 0
     vocals, accompaniment = streamed(checkpoints["causal"], mixture)
     expected = {"vocals": vocals, "accompaniment": accompaniment}
     expected["both"] = torch.cat([vocals, accompaniment])
+    expected["remix"] = 1.25 * vocals + 0.75 * accompaniment
     found = from_bytes(out, channels=len(expected[target]))
     torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
     assert "latency 7 samples (0.4 ms)" in error
+    assert ("blocks of 320 samples" in error) == (target == "remix")  # 20 ms
 
 
 @pytest.mark.parametrize("block", [1, 10, 10_000])
