@@ -32,6 +32,7 @@ from local.tools.command_line import (
     suggest_path,
 )
 from local.tools.ffmpeg import need_ffmpeg
+from local.tools.formats import FORMATS, add_format_flags, choose_format, find_format_faults
 from local.tools.memory import free_memory, is_out_of_memory
 from local.tools.progress import add_progress_flags, report, set_progress
 
@@ -62,7 +63,7 @@ def make_parser() -> OneLineParser:
     )
     add("-o", "--out", type=Path, default="separated", help="folder to write to [%(default)s]")
     add("--overwrite", action="store_true", help="separate songs again that are in OUT already")
-    add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")
+    add_format_flags(parser)
     add("-d", "--device", help="cpu, cuda, cuda:1, ... [cuda where torch finds a GPU, else cpu]")
     add_method_flags(parser)
     add_progress_flags(parser)
@@ -111,6 +112,8 @@ def find_stream_faults(args: Namespace) -> list[str]:
     faults = []
     if args.songs:
         faults.append(f"--stream reads stdin; omit {args.songs[0]}")
+    if args.format:
+        faults.append(f"--stream writes raw float32 samples; omit --format {args.format}")
     if args.block is not None and not 0 < args.block <= LONGEST_BLOCK:
         faults.append(f"--block must be above 0 and at most {LONGEST_BLOCK} ms, got {args.block}")
     if args.fast == "no":
@@ -136,7 +139,7 @@ def find_song_faults(args: Namespace) -> list[str]:
         need_ffmpeg()
     except UserError as error:
         faults.append(str(error))
-    return faults
+    return faults + find_format_faults(args)
 
 
 def find_device_faults(device: str) -> list[str]:
@@ -202,8 +205,9 @@ def separate_missing(
     from local.estimates import list_targets
     from local.songs.record import find_fault, plan_record
 
-    record = plan_record(song, settings, args.float32)
-    is_there = all((folder / f"{name}.wav").is_file() for name in list_targets(model))
+    form = choose_format(args)
+    record, suffix = plan_record(song, settings, form), FORMATS[form].suffix
+    is_there = all((folder / f"{name}.{suffix}").is_file() for name in list_targets(model))
     if args.overwrite or not is_there:
         separate_song(model, song, folder, args, title, record)
         return True
@@ -242,10 +246,11 @@ def separate_song(
     if args.method == "full":
         report(f"{title}: {memory}")
     samples = reader.expected and round(reader.expected * rate / reader.rate)
+    form = reader.rate, reader.channels, choose_format(args)
     try:
         with (
             progress_bar(title, samples, rate) as bar,
-            EstimateWriter(folder, reader.rate, reader.channels, args.float32, targets) as writer,
+            EstimateWriter(folder, *form, targets) as writer,
         ):
             blocks = separate_blocks(model, mixture, *list_settings(args, bar.update))
             for estimates in restore(blocks, targets, rate, reader):
