@@ -7,7 +7,7 @@ from asteroid.engine.system import System
 from torch import Tensor
 
 from local.fast.choose import choose_forward
-from local.fast.graphed import GraphedForward
+from local.fast.graphed import give_back_memory
 from local.inference import separate
 from local.musdb18_tracks import SOURCES, TARGETS
 from local.sdr import sum_sdr
@@ -46,9 +46,7 @@ class MusicSystem(System):
 
     def free_memory(self) -> None:
         """Gives back the GPU memory that training holds between its steps."""
-        if isinstance(self._separate_segments, GraphedForward):
-            self._separate_segments.release()
-        torch.cuda.empty_cache()
+        give_back_memory(self._separate_segments)
 
     def common_step(self, batch, batch_nb, train=True):
         """The loss of a batch of (mixtures, targets): (M, 2, T), (M, C, 2, T).

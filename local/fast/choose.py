@@ -92,10 +92,9 @@ def choose_batch_forward(model: nn.Module, is_fast: bool) -> Callable:
         is_fast: whether the fast path may be used.
     """
     device = next(model.parameters()).device
-    if is_fast and device.type == "cuda" and not find_difference(model, training=True):
-        if not find_kernel_fault(model, device):
-            return TrainingForward(model, kernels=True)
-    return model
+    if not is_fast or find_kernel_fault(model, device) or find_difference(model, training=True):
+        return model
+    return TrainingForward(model, kernels=True)
 
 
 def find_kernel_fault(model: tasnet.ConvTasNetStereo, device: torch.device) -> str:

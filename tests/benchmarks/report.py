@@ -2,12 +2,13 @@
 
 import datetime
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from local.tools.files import atomic_path
 
 
 def show_machine(device: str) -> dict:
@@ -44,6 +45,5 @@ def print_table(columns: dict, rows: Iterator[dict]) -> list[dict]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")

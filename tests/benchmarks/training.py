@@ -19,7 +19,7 @@ from benchmarks.measuring import measure_apart, median_row, peak_memory, start_m
 from benchmarks.options import add_common, choose_devices, count, read_sizes, seconds
 from benchmarks.report import print_table
 from local.fast.choose import choose_forward, find_compiler_fault
-from local.fast.graphed import GraphedForward
+from local.fast.graphed import give_back_memory
 from local.fast.packed import find_precision_fault
 from local.fast.training import allow_tf32_products
 from local.inference import separate
@@ -162,9 +162,7 @@ def measure_step(case: Training, step: Step) -> dict:
         "floor_s": floor_s,
         "floor_share": 100 * floor_s / step_s,
         "extra_mb": extra / 1e6,
-        "song_mb": measure_validation(case, model, step, forward)
-        if case.device == "cuda"
-        else None,
+        "song_mb": measure_validation(case, model, step, forward),
         "compile_s": first_s - step_s if step.name == "compiled" else None,
         "error": error,
     }
@@ -219,9 +217,7 @@ def measure_validation(
     """MB that a GPU reserves at the worst moment of training and validation of a song after it."""
     if case.device != "cuda" or step.name == "textbook":
         return None
-    if isinstance(forward, GraphedForward):
-        forward.release()
-    torch.cuda.empty_cache()  # as training does
+    give_back_memory(forward)  # as training does
     song = 0.1 * torch.randn(model.audio_channels, round(case.song * RATE), device=case.device)
     with autocast(case, step):
         separate(model.eval(), song, "full")
