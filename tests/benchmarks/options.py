@@ -5,6 +5,8 @@ import argparse
 import torch
 
 from benchmarks.cases import SIZES
+from local.fast.packed import find_precision_fault
+from local.tools.choices import PRECISIONS
 
 SHORTEST, LONGEST = 0.01, 3600.0  # seconds; below, there might be no frame to measure
 
@@ -25,6 +27,20 @@ def add_common(parser: argparse.ArgumentParser, with_repeats: bool = True) -> No
 
 def read_sizes(args: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(args, name) for name in SIZES}
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        nargs="+",
+        default=list(PRECISIONS),
+        help="[both, where the device has bf16]",
+    )
+
+
+def choose_precisions(wanted: list[str], device: str) -> list[str]:
+    return [name for name in wanted if not find_precision_fault(name, torch.device(device))]
 
 
 def choose_devices(wanted: str) -> list[str]:

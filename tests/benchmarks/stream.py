@@ -9,11 +9,17 @@ import torch
 
 from benchmarks.cases import RATE, Case, choose_method, count_gflop, matrix_rate, measure
 from benchmarks.measuring import stopwatch
-from benchmarks.options import add_common, choose_devices, milliseconds, read_sizes, seconds
+from benchmarks.options import (
+    add_common,
+    add_precision,
+    choose_devices,
+    choose_precisions,
+    milliseconds,
+    read_sizes,
+    seconds,
+)
 from benchmarks.report import print_table
-from local.fast.packed import find_precision_fault
 from local.streaming import StreamingConvTasNet
-from local.tools.choices import PRECISIONS
 
 BLOCKS_MS = (1.0, 5.0, 10.0, 20.0, 200.0)
 COMPARED_SECONDS = 4.0  # with the textbook
@@ -39,13 +45,7 @@ def add_options(commands) -> None:
     add = parser.add_argument
     add("--seconds", type=seconds, default=60.0, help="of audio [%(default)g]")
     add("--blocks", type=milliseconds, nargs="+", default=BLOCKS_MS, help="in ms [1 5 10 20 200]")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        nargs="+",
-        default=list(PRECISIONS),
-        help="[both, where the device has bf16]",
-    )
+    add_precision(parser)
     add_common(parser, with_repeats=False)
 
 
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> dict:
 def stream_rows(cases: list[Case], args: argparse.Namespace) -> Iterator[dict]:
     for case in cases:
         measure(save_reference, case)
-        for precision in args.precision:
-            if find_precision_fault(precision, torch.device(case.device)):
-                continue
+        for precision in choose_precisions(args.precision, case.device):
             for block_ms in args.blocks:
                 yield measure(measure_stream, case, block_ms, precision)
 

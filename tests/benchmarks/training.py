@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from benchmarks.cases import MODELS, RATE, Case, count_gflop, matrix_rate
 from benchmarks.measuring import measure_apart, median_row, peak_memory, start_memory, stopwatch
-from benchmarks.options import add_common, choose_devices, count, read_sizes, seconds
+from benchmarks.options import (
+    add_common,
+    add_precision,
+    choose_devices,
+    choose_precisions,
+    count,
+    read_sizes,
+    seconds,
+)
 from benchmarks.report import print_table
 from local.fast.choose import choose_forward, find_compiler_fault
 from local.fast.graphed import give_back_memory
-from local.fast.packed import find_precision_fault
 from local.fast.training import allow_tf32_products
 from local.inference import separate
 from local.tasnet import ConvTasNetStereo
@@ -57,6 +64,7 @@ def add_options(commands) -> None:
     add("--memory", choices=MEMORY, nargs="+", default=list(MEMORY), help="[all]")
     add("--compile", choices=["no", "yes", "both"], default="both", help="[%(default)s]")
     add("--song", type=seconds, default=420.0, help="validated after steps on a GPU [%(default)g]")
+    add_precision(parser)
     add_common(parser)
 
 
@@ -116,7 +124,7 @@ def choose_steps(device: str, args: argparse.Namespace) -> list[Step]:
     if "compiled" in names and (fault := find_compiler_fault(torch.device(device))):
         names.remove("compiled")
         print(f"without torch.compile: {fault}")
-    precisions = [p for p in DTYPES if not find_precision_fault(p, torch.device(device))]
+    precisions = choose_precisions(args.precision, device)
     steps = [Step(name, memory, p) for p in precisions for name in names for memory in args.memory]
     return [Step("textbook"), *steps]
 
