@@ -106,17 +106,28 @@ def read_scores(path: Path) -> Scores:
     return dict(zip(names, scores, strict=True))
 
 
+def read_record(scores: Path) -> dict:
+    """Read the record beside TRACK.json: see `save_track`.
+
+    Returns:
+        {} where there is no record, as of another system, or it is damaged.
+    """
+    try:
+        record = yaml.safe_load(_record_path(scores).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, *DAMAGE):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def read_method(scores: Path) -> str | None:
     """Read from the record beside TRACK.json by which method the track was separated.
 
     Returns:
-        one of choices.METHODS; None where there is no record, as of another system, or it is
-        damaged.
+        one of choices.METHODS; None where no record says it.
     """
     try:
-        record = yaml.safe_load(_record_path(scores).read_text(encoding="utf-8"))
-        return str(record["made_with"]["method"])
-    except (OSError, yaml.YAMLError, *DAMAGE):
+        return str(read_record(scores)["made_with"]["method"])
+    except DAMAGE:
         return None
 
 

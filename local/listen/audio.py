@@ -1,0 +1,50 @@
+"""The audio files of the page, and how large they get."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+
+from local.tools.command_line import UserError
+from local.tools.ffmpeg import run_program
+from local.tools.sound_files import describe_fault
+from local.tools.wav import to_16_bits
+
+FORMATS = ("flac", "opus")
+OPUS_RATE = 128  # kbit/s
+CHANNELS = 2
+
+
+def most_bytes(seconds: float, rate: int, form: str) -> float:
+    """Return what a stereo file takes at most; FLAC takes about half of that for music."""
+    flac = seconds * rate * CHANNELS * 2
+    return flac if form == "flac" else seconds * OPUS_RATE * 1000 / 8 * 1.1
+
+
+def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
+    """Return samples (channels, T) as a file of one of FORMATS; those of FLAC have 16 bits.
+
+    Raises:
+        UserError: ffmpeg has no Opus.
+    """
+    flac = io.BytesIO()
+    sf.write(flac, to_16_bits(samples)[0].T, rate, "PCM_16", format="FLAC")
+    if form == "flac":
+        return flac.getvalue()
+    words = f"-i - -c:a libopus -b:a {OPUS_RATE}k -map_metadata -1 -f opus -".split()
+    return run_program("ffmpeg", *words, stdin=flac.getvalue()).stdout
+
+
+def read_audio(path: Path) -> np.ndarray:
+    """Read a wav or flac file as (2, T) float32; mono is doubled.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        samples, _ = sf.read(os.fsencode(path), dtype="float32", always_2d=True)
+    except (OSError, sf.LibsndfileError):
+        raise UserError(f"{path}: {describe_fault(path)}") from None
+    return np.broadcast_to(samples.T[:CHANNELS], (CHANNELS, len(samples)))

@@ -1,0 +1,59 @@
+"""The mixtures and references of the data set that runs were scored on."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from local.eval.flags import DATA_FLAGS, fill_data_flags
+from local.eval.tracks import TestTrack, describe_files, open_test_set
+from local.listen.runs import Run
+from local.tools.command_line import UserError, plural, raise_together
+from local.tracks.roots import find_root_faults
+
+REMEDY = "pass --root and --split as of eval.py, or --no_references"
+
+
+def find_references(
+    runs: list[Run], rate: int, roots: list[Path] | None, split: str
+) -> dict[str, TestTrack]:
+    """Find the tracks of which a run has estimates, in the data set of the first run that names it.
+
+    Args:
+        rate: of the estimates, in Hz.
+        roots: instead of that data set.
+        split: that was scored.
+
+    Raises:
+        UserError: no run names a data set, it cannot be used, it lacks tracks, or their files are
+            not those that were scored.
+    """
+    conf_file = next(filter(None, (run.find_conf() for run in runs)), None)
+    if not roots and conf_file is None:
+        raise UserError(f"--root is needed: no run is in the folder of a training run; {REMEDY}")
+    exp_dir = conf_file.parent if conf_file else runs[0].folder
+    flags = Namespace(exp_dir=exp_dir, root=roots, split=split, **dict.fromkeys(DATA_FLAGS))
+    data = fill_data_flags(flags)
+    if faults := find_root_faults(flags.root):
+        raise_together([f"{fault}; {REMEDY}" for fault in faults])
+    found = {track.name: track for track in open_test_set(flags.root, rate, **data)}
+    wanted = sorted(set().union(*(run.estimates for run in runs)))
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        count = f"{plural(len(missing), 'track')} of {len(wanted)}"
+        shown = " ".join(map(str, flags.root))
+        raise UserError(f"--root: {shown} lacks {count}, first {missing[0]}; {REMEDY}")
+    raise_together(
+        [fault for run in runs for name in run.estimates for fault in _compare(run, found[name])]
+    )
+    return {name: found[name] for name in wanted}
+
+
+def _compare(run: Run, track: TestTrack) -> list[str]:
+    """Return a fault where the files of a track have other sizes than those that were scored."""
+    scored = run.records[track.name].get("files")
+    if not isinstance(scored, dict):
+        return []
+    sizes = {name: stamp[0] for name, stamp in describe_files(track).items()}
+    before = {name: stamp[0] for name, stamp in scored.items()}
+    if sizes == before:
+        return []
+    return [f"{track.place.path}: not the files that {run.name} was scored on; {REMEDY}"]

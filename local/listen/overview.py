@@ -1,0 +1,146 @@
+"""What index.html shows: facts, medians, box plots, differences, the tables of tracks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from local.comparison.runs import find_method_notes, read_published, read_runs
+from local.comparison.statistics import interval, paired_differences
+from local.comparison.tables import PUBLISHED_ORIGIN
+from local.comparison.tables import find_notes as find_score_notes
+from local.eval.score_files import METRICS
+from local.listen.charts import (
+    SPARK_POINTS,
+    SPARK_RANGE,
+    choose_range,
+    choose_ticks,
+    describe_box,
+    draw_spark,
+    find_passages,
+)
+from local.listen.runs import Run, describe_run, list_targets, list_tracks
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The runs of a page, and the published scores of their tracks.
+
+    Args:
+        scores: see `comparison.runs.read_runs`, with the published ones.
+        published: the names of the published models that share a track.
+    """
+
+    runs: list[Run]
+    scores: pd.DataFrame
+    published: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [*(run.name for run in self.runs), *self.published]
+
+    def values(self, name: str, target: str, metric: str) -> np.ndarray:
+        """Return the medians over frames of the tracks that have one, in dB."""
+        table = self.scores
+        wanted = (table["run"] == name) & (table["target"] == target) & (table["metric"] == metric)
+        return table.loc[wanted, "median"].dropna().to_numpy()
+
+    def published_sdr(self, track: str, target: str) -> dict[str, float]:
+        """Return model -> published SDR of a track; NaN where it is not published."""
+        table = self.scores
+        found = table[(table["track"] == track) & (table["target"] == target)]
+        sdr = found[found["metric"] == "SDR"].set_index("run")["median"]
+        return {name: float(sdr.get(name, np.nan)) for name in self.published}
+
+
+def make_overview(runs: list[Run]) -> Overview:
+    scores, _ = read_runs({run.name: run.folder for run in runs})
+    shared = read_published().merge(scores[["track", "target"]].drop_duplicates())
+    both = pd.concat([scores, shared], ignore_index=True) if len(shared) else scores
+    return Overview(runs, both, list(shared["run"].unique()))
+
+
+def describe_overview(overview: Overview) -> dict:
+    """Return what the template index.html takes, without the options of the page."""
+    runs, targets = overview.runs, list_targets(overview.runs)
+    folders = {run.name: run.folder for run in runs}
+    facts = [describe_run(run) for run in runs]
+    kinds = list(
+        dict.fromkeys(
+            kind for of_run in facts for kind in of_run if any(f.get(kind) for f in facts)
+        )
+    )
+    notes = find_method_notes(folders, with_published=bool(overview.published))
+    differences = paired_differences(overview.scores)
+    return {
+        "names": overview.names,
+        "published": overview.published,
+        "published_origin": PUBLISHED_ORIGIN,
+        "facts": {kind: [of_run.get(kind, "") for of_run in facts] for kind in kinds},
+        "notes_of_runs": notes + find_score_notes(overview.scores),
+        "medians": {target: list_medians(overview, target) for target in targets},
+        "boxes": {metric: list_boxes(overview, metric, targets) for metric in METRICS},
+        "differences": differences.to_dict("records"),
+        "tables": {target: list_rows(overview, target) for target in targets},
+        "spark": {"points": SPARK_POINTS, "range": SPARK_RANGE},
+    }
+
+
+def list_medians(overview: Overview, target: str) -> list[dict]:
+    """Return a row per run: tracks, and metric -> (median over tracks, its 95 % interval)."""
+    rows = []
+    for name in overview.names:
+        values = {metric: overview.values(name, target, metric) for metric in METRICS}
+        cells = {
+            metric: (float(np.median(dB)), *interval(dB, np.median)) if len(dB) else None
+            for metric, dB in values.items()
+        }
+        rows.append({"name": name, "tracks": len(values["SDR"]), "cells": cells})
+    return [row for row in rows if row["tracks"]]
+
+
+def list_boxes(overview: Overview, metric: str, targets: list[str]) -> list[dict]:
+    """Return a plot per target: on one axis in dB, a box per run that has the metric."""
+    values = {
+        target: {name: overview.values(name, target, metric) for name in overview.names}
+        for target in targets
+    }
+    low, high = choose_range(dB for of_target in values.values() for dB in of_target.values())
+    return [
+        {
+            "target": target,
+            "range": (low, high),
+            "ticks": choose_ticks(low, high, 6),
+            "rows": [
+                {"name": name, "box": describe_box(dB), "dots": np.clip(dB, low, high).tolist()}
+                for name, dB in of_target.items()
+                if len(dB)
+            ],
+        }
+        for target, of_target in values.items()
+    ]
+
+
+def list_rows(overview: Overview, target: str) -> list[dict]:
+    """Return a row per track: the SDR of the mixture, of each run with its gain and its course over
+    time, the published SDR, and the worst passage in the first run that has the track.
+    """
+    rows = []
+    for number, track in enumerate(list_tracks(overview.runs), start=1):
+        having = [run for run in overview.runs if target in run.scores.get(track, {})]
+        mixtures = [run.mixture(track, target) for run in having]
+        sdr = [run.median(track, target) for run in overview.runs]
+        mixture = next((dB for dB in mixtures if np.isfinite(dB)), np.nan)
+        frames = {run.name: run.scores[track][target]["SDR"] for run in having}
+        rows.append(
+            {
+                "number": number,
+                "name": track,
+                "mixture": mixture,
+                "runs": [(dB, dB - mixture) for dB in sdr],
+                "published": overview.published_sdr(track, target),
+                "sparks": {name: draw_spark(values) for name, values in frames.items()},
+                "passage": find_passages(next(iter(frames.values()), np.zeros(0))).get("worst"),
+            }
+        )
+    return rows

@@ -1,0 +1,282 @@
+"use strict";
+
+const all = (selector, parent = document) => [...parent.querySelectorAll(selector)];
+const one = (selector) => document.querySelector(selector);
+
+/* The overview: tables that sort, a filter by name, a choice of the target. */
+
+function valueOf(row, column) {
+  const cell = row.cells[column];
+  const text = cell.dataset.value ?? cell.textContent.trim();
+  return column === 0 ? text : parseFloat(text); // NaN for a dash
+}
+
+function sortBy(button) {
+  const heading = button.closest("th");
+  const table = heading.closest("table");
+  const sign = heading.ariaSort === "ascending" ? -1 : 1;
+  const rows = [...table.tBodies[0].rows];
+  rows.sort((a, b) => {
+    const [x, y] = [a, b].map((row) => valueOf(row, heading.cellIndex));
+    if (heading.cellIndex === 0) return sign * x.localeCompare(y);
+    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // tracks without a score come last
+    return sign * (x - y);
+  });
+  for (const other of all("th", table)) other.removeAttribute("aria-sort");
+  heading.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
+  table.tBodies[0].append(...rows);
+}
+
+function filterTracks() {
+  const wanted = one("#filter").value.trim().toLocaleLowerCase();
+  for (const row of all(".sortable tbody tr")) {
+    row.hidden = !row.cells[0].textContent.toLocaleLowerCase().includes(wanted);
+  }
+  const rows = all(".sortable tbody")[0]?.rows ?? [];
+  const shown = [...rows].filter((row) => !row.hidden).length;
+  one("#count").value = wanted ? `${shown} of ${rows.length} tracks` : "";
+}
+
+function chooseTarget() {
+  const chosen = one("#choose-target select").value;
+  for (const table of all("[data-target]")) table.hidden = table.dataset.target !== chosen;
+}
+
+function startOverview() {
+  for (const button of all(".sortable th button")) button.onclick = () => sortBy(button);
+  one(".bar").onsubmit = (event) => event.preventDefault();
+  one("#filter").oninput = filterTracks;
+  one("#choose-target").hidden = false;
+  one("#choose-target select").onchange = chooseTarget;
+  filterTracks();
+  chooseTarget();
+}
+
+/* A track: all players run together, and one of them is heard. */
+
+const FADE = 30; // ms, of a switch
+const FAR = 0.3; // s: a player this far off jumps; one that is nearer changes its speed for a moment
+const NEAR = 0.003; // s
+
+class Players {
+  constructor(lanes) {
+    this.start = parseFloat(lanes.dataset.start);
+    this.seconds = parseFloat(lanes.dataset.seconds);
+    this.passage = parseFloat(lanes.dataset.passage);
+    this.lanes = lanes;
+    this.choices = all("input[name=player]");
+    this.audio = all("audio");
+    this.heard = Math.max(0, this.choices.findIndex((choice) => choice.checked));
+    this.position = 0; // s, while nothing is loaded
+    this.isPlaying = false;
+    this.loop = null; // where it begins and ends, in s
+    this.setVolumes();
+    this.show();
+  }
+
+  get time() {
+    const player = this.audio[this.heard];
+    return player.readyState ? player.currentTime : this.position;
+  }
+
+  gain(number) {
+    return one("#matched").checked ? 10 ** (this.choices[number].dataset.gain / 20) : 1;
+  }
+
+  setVolumes() {
+    this.audio.forEach((player, i) => (player.volume = i === this.heard ? this.gain(i) : 0));
+  }
+
+  seek(time) {
+    this.position = Math.min(Math.max(time, 0), this.seconds);
+    for (const player of this.audio) {
+      player.playbackRate = 1;
+      if (player.readyState) player.currentTime = this.position;
+      else if (!this.isPlaying) player.preload = "auto";
+    }
+    this.show();
+  }
+
+  async play() {
+    if (this.isPlaying) return;
+    this.isPlaying = true;
+    this.show();
+    try {
+      await Promise.all(this.audio.map(ready));
+      this.seek(this.position >= this.seconds - 0.05 ? 0 : this.position);
+      await Promise.all(this.audio.map(settled));
+      if (!this.isPlaying) return;
+      await Promise.all(this.audio.map((player) => player.play()));
+      this.timer ??= setInterval(() => this.keepTogether(), 20);
+    } catch (error) {
+      this.pause();
+      one("#fault").textContent = `The audio cannot be played: ${error.message}`;
+    }
+  }
+
+  pause() {
+    this.position = this.time;
+    this.isPlaying = false;
+    clearInterval(this.timer);
+    this.timer = undefined;
+    for (const player of this.audio) player.pause();
+    this.seek(this.position);
+  }
+
+  toggle() {
+    if (this.isPlaying) this.pause();
+    else this.play();
+  }
+
+  /* While playing: bring the silent players to where the heard one is. */
+  keepTogether() {
+    const leader = this.audio[this.heard];
+    this.position = leader.currentTime;
+    const isAtEnd = leader.ended || this.position >= this.seconds;
+    if (this.loop && (this.position >= this.loop[1] || isAtEnd)) this.playFrom(this.loop[0]);
+    else if (isAtEnd) this.pause();
+    for (const player of this.audio) {
+      const late = leader.currentTime - player.currentTime;
+      if (player === leader || player.seeking || player.ended) continue;
+      if (Math.abs(late) > FAR) player.currentTime = leader.currentTime;
+      const change = Math.abs(late) < NEAR ? 0 : Math.min(Math.max(4 * late, -0.3), 0.3);
+      player.playbackRate = 1 + change;
+    }
+    this.show();
+  }
+
+  choose(number) {
+    if (!this.choices[number]) return;
+    this.choices[number].checked = true;
+    const before = this.heard;
+    if (number === before) return;
+    this.position = this.time;
+    this.heard = number;
+    this.audio[number].playbackRate = 1;
+    this.fade(before, number);
+  }
+
+  /* A sudden change of volume would click. */
+  fade(from, to) {
+    const began = performance.now();
+    const step = () => {
+      const part = Math.min((performance.now() - began) / FADE, 1);
+      if (this.heard !== to || part === 1) return this.setVolumes();
+      this.audio[from].volume = (1 - part) * this.gain(from);
+      this.audio[to].volume = part * this.gain(to);
+      setTimeout(step, 4);
+    };
+    step();
+  }
+
+  /* Of a loop, the part that was chosen stays; without one it is the whole loop that goes. */
+  playFrom(time, number = this.heard) {
+    this.choose(number);
+    if (this.loop && (time < this.loop[0] || time >= this.loop[1])) this.setLoop(time);
+    this.seek(time);
+    this.play();
+  }
+
+  setLoop(time) {
+    this.loop = time === null ? null : [time, Math.min(time + this.passage, this.seconds)];
+    this.show();
+  }
+
+  toggleLoop() {
+    this.setLoop(this.loop ? null : Math.min(this.time, Math.max(0, this.seconds - 0.5)));
+  }
+
+  show() {
+    const time = this.time;
+    this.lanes.style.setProperty("--progress", time / this.seconds);
+    one("#seek").value = time;
+    one("#seek").ariaValueText = clock(this.start + time);
+    const end = this.start + (this.loop ? this.loop[1] : this.seconds);
+    const loop = this.loop ? `loop ${clock(this.start + this.loop[0])}–` : "";
+    one("#time").textContent = `${clock(this.start + time)} / ${loop}${clock(end)}`;
+    one("#play").textContent = this.isPlaying ? "Pause" : "Play";
+    one("#play").ariaPressed = this.isPlaying;
+    one("#loop").ariaPressed = this.loop !== null;
+  }
+}
+
+function clock(time) {
+  const tenths = Math.round(10 * time);
+  const seconds = ((tenths % 600) / 10).toFixed(1).padStart(4, "0");
+  return `${Math.floor(tenths / 600)}:${seconds}`;
+}
+
+function ready(player) {
+  if (player.error) return Promise.reject(new Error(player.error.message || player.src));
+  if (player.readyState >= HTMLMediaElement.HAVE_FUTURE_DATA) return null;
+  return new Promise((resolve, reject) => {
+    player.addEventListener("canplay", resolve, { once: true });
+    player.addEventListener("error", () => reject(new Error(player.error.message)), { once: true });
+    player.preload = "auto";
+    if (player.networkState !== HTMLMediaElement.NETWORK_LOADING) player.load();
+  });
+}
+
+function settled(player) {
+  if (!player.seeking) return null;
+  return new Promise((resolve) => player.addEventListener("seeked", resolve, { once: true }));
+}
+
+function pressKey(players, event) {
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const isOwnSpace = event.target.matches("button, a, [type=checkbox]"); // they take it themselves
+  const actions = {
+    " ": () => !isOwnSpace && players.toggle(),
+    ArrowLeft: () => players.seek(players.time - players.passage),
+    ArrowRight: () => players.seek(players.time + players.passage),
+    ArrowUp: () => players.choose(players.heard - 1),
+    ArrowDown: () => players.choose(players.heard + 1),
+    l: () => players.toggleLoop(),
+  };
+  const number = "123456789".indexOf(event.key);
+  const action = number >= 0 ? () => players.choose(number) : actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if (!action || (event.key === " " && isOwnSpace)) return;
+  event.preventDefault();
+  action();
+}
+
+/* #t=35&p=2: player 2 at 0:35. */
+function followHash(players, play) {
+  const found = new URLSearchParams(location.hash.slice(1));
+  if (!found.has("t")) return;
+  const time = Math.max(0, parseFloat(found.get("t")) - players.start || 0);
+  const number = found.has("p") ? parseInt(found.get("p")) - 1 : players.heard;
+  if (play) return players.playFrom(time, number);
+  players.choose(number);
+  players.seek(time);
+}
+
+function startTrack(lanes) {
+  if (!one("#controls")) return;
+  const players = new Players(lanes);
+  one("#play").onclick = () => players.toggle();
+  one("#loop").onclick = () => players.toggleLoop();
+  one("#matched").onchange = () => players.setVolumes();
+  one("#seek").oninput = (event) => players.seek(parseFloat(event.target.value));
+  players.choices.forEach((choice, i) => (choice.onchange = () => players.choose(i)));
+  for (const plot of all(".plot", lanes)) {
+    plot.onclick = (event) => {
+      const box = plot.getBoundingClientRect();
+      const time = ((event.clientX - box.left) / box.width) * players.seconds;
+      players.playFrom(time, (plot.dataset.player ?? players.heard + 1) - 1);
+    };
+  }
+  for (const link of all(".passage")) {
+    link.onclick = (event) => {
+      event.preventDefault();
+      history.replaceState(null, "", link.href);
+      followHash(players, true);
+    };
+  }
+  document.addEventListener("keydown", (event) => pressKey(players, event));
+  window.addEventListener("hashchange", () => followHash(players, players.isPlaying));
+  followHash(players, false);
+}
+
+if (one("#lanes")) startTrack(one("#lanes"));
+else startOverview();
