@@ -84,7 +84,7 @@ def make_page(args: Namespace) -> None:
     plans = plan_tracks(make_overview(runs), references, rate)
     size = reckon_bytes(plans, options)
     check_room(args.out, size)
-    count = sum(bool(plan.list_players()) for plan in plans)
+    count = sum(bool(plan.players) for plan in plans)
     print(f"{len(plans)} tracks, {count} with audio: up to {show_bytes(size)}", flush=True)
     print(*find_notes(runs), sep="\n", end="\n" if find_notes(runs) else "", flush=True)
     with report_failed_access(args.out), replaced_folder(args.out) as folder:

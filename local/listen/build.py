@@ -41,7 +41,7 @@ def reckon_bytes(plans: list[TrackPlan], options: Options) -> float:
         seconds = max((read_header(file).duration for file in files), default=0)
         seconds = min(seconds, options.excerpt or seconds)
         of_player = most_bytes(seconds, plan.rate, options.audio) + PICTURE_BYTES
-        total += TRACK_BYTES + len(plan.list_players()) * of_player
+        total += TRACK_BYTES + len(plan.players) * of_player
     return total
 
 
@@ -88,7 +88,7 @@ def write_page(plans: list[TrackPlan], folder: Path, options: Options, jobs: int
 
     _, faults = run_jobs(work, [(plan,) for plan in plans], jobs, "listening page", "tracks")
     raise_together(faults)
-    text = render("index.html", {**shared, **describe_overview(overview)})
+    text = render("index.html", {**shared, **describe_overview(overview, options.with_references)})
     (folder / "index.html").write_text(text, encoding="utf-8")
 
 

@@ -68,7 +68,8 @@ def describe_box(values: np.ndarray) -> dict:
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     reach = 1.5 * (high - low)
     inner = values[(values >= low - reach) & (values <= high + reach)]
-    return {"q1": low, "median": median, "q3": high, "low": inner.min(), "high": inner.max()}
+    ends = {"low": min(low, inner.min()), "high": max(high, inner.max())}
+    return {"q1": low, "median": median, "q3": high, **ends}
 
 
 def find_passages(sdr: np.ndarray) -> dict[str, tuple[int, float]]:

@@ -19,7 +19,7 @@ from local.listen.charts import (
     draw_spark,
     find_passages,
 )
-from local.listen.runs import Run, describe_run, list_targets, list_tracks
+from local.listen.runs import Run, describe_run, list_players, list_targets, list_tracks
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def make_overview(runs: list[Run]) -> Overview:
     return Overview(runs, both, list(shared["run"].unique()))
 
 
-def describe_overview(overview: Overview) -> dict:
+def describe_overview(overview: Overview, with_references: bool) -> dict:
     """Return what the template index.html takes, without the options of the page."""
     runs, targets = overview.runs, list_targets(overview.runs)
     folders = {run.name: run.folder for run in runs}
@@ -81,7 +81,7 @@ def describe_overview(overview: Overview) -> dict:
         "medians": {target: list_medians(overview, target) for target in targets},
         "boxes": {metric: list_boxes(overview, metric, targets) for metric in METRICS},
         "differences": differences.to_dict("records"),
-        "tables": {target: list_rows(overview, target) for target in targets},
+        "tables": {t: list_rows(overview, t, with_references) for t in targets},
         "spark": {"points": SPARK_POINTS, "range": SPARK_RANGE},
     }
 
@@ -121,17 +121,19 @@ def list_boxes(overview: Overview, metric: str, targets: list[str]) -> list[dict
     ]
 
 
-def list_rows(overview: Overview, target: str) -> list[dict]:
+def list_rows(overview: Overview, target: str, with_references: bool) -> list[dict]:
     """Return a row per track: the SDR of the mixture, of each run with its gain and its course over
-    time, the published SDR, and the worst passage in the first run that has the track.
+    time, the published SDR, and the worst passage of the first run with a link to it.
     """
-    rows = []
+    rows, first = [], overview.runs[0]
     for number, track in enumerate(list_tracks(overview.runs), start=1):
         having = [run for run in overview.runs if target in run.scores.get(track, {})]
         mixtures = [run.mixture(track, target) for run in having]
-        sdr = [run.median(track, target) for run in overview.runs]
         mixture = next((dB for dB in mixtures if np.isfinite(dB)), np.nan)
+        sdr = [run.median(track, target) for run in overview.runs]
         frames = {run.name: run.scores[track][target]["SDR"] for run in having}
+        players = list_players(overview.runs, track, with_references)
+        of_first = [p.number for p in players if (p.target, p.run) == (target, first.name)]
         rows.append(
             {
                 "number": number,
@@ -140,7 +142,8 @@ def list_rows(overview: Overview, target: str) -> list[dict]:
                 "runs": [(dB, dB - mixture) for dB in sdr],
                 "published": overview.published_sdr(track, target),
                 "sparks": {name: draw_spark(values) for name, values in frames.items()},
-                "passage": find_passages(next(iter(frames.values()), np.zeros(0))).get("worst"),
+                "passage": find_passages(frames.get(first.name, np.zeros(0))).get("worst"),
+                "player": next(iter(of_first), None),
             }
         )
     return rows

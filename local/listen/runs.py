@@ -99,8 +99,42 @@ def list_tracks(runs: list[Run]) -> list[str]:
     return sorted(set().union(*(run.scores for run in runs)))
 
 
-def list_targets(runs: list[Run]) -> list[str]:
-    return order_targets(t for run in runs for scores in run.scores.values() for t in scores)
+def list_targets(runs: list[Run], track: str | None = None) -> list[str]:
+    """Return the targets that have scores, of one track or of all."""
+    tracks = list_tracks(runs) if track is None else [track]
+    return order_targets(t for run in runs for name in tracks for t in run.scores.get(name, ()))
+
+
+@dataclass(frozen=True)
+class Player:
+    """What can be heard of a track.
+
+    Args:
+        number: from 1 on; also its key and the name of its files.
+        target: "" for the mixture.
+        run: the name of the run whose estimate it is; "" for the data set's audio.
+    """
+
+    number: int
+    target: str
+    run: str
+
+    @property
+    def label(self) -> str:
+        return self.run or ("reference" if self.target else "mixture")
+
+
+def list_players(runs: list[Run], track: str, has_reference: bool) -> list[Player]:
+    """Return the players of a track: the mixture, then per target its reference and the runs'
+    estimates. A track without estimates has none.
+    """
+    has_reference = has_reference and any(track in run.estimates for run in runs)
+    found = [("", "")] if has_reference else []
+    for target in list_targets(runs, track):
+        names = [run.name for run in runs if target in run.estimates.get(track, {})]
+        references = [""] if has_reference and names else []
+        found += [(target, name) for name in references + names]
+    return [Player(number, *player) for number, player in enumerate(found, start=1)]
 
 
 def describe_run(run: Run) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from local.eval.score_files import METRICS, order_targets
+from local.eval.score_files import METRICS
 from local.eval.tracks import TestTrack, read_track
 from local.listen.analysis import (
     Analysis,
@@ -23,6 +23,7 @@ from local.listen.charts import (
     find_passages,
 )
 from local.listen.overview import Overview
+from local.listen.runs import Player, list_players, list_targets
 from local.tools.command_line import UserError
 
 FRAME_METRICS = ("SDR", "SIR", "SAR")  # drawn over time
@@ -46,25 +47,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Player:
-    """What can be heard of a track.
-
-    Args:
-        number: from 1 on; also its key and the name of its files.
-        target: "" for the mixture.
-        run: the name of the run whose estimate it is; "" for the data set's audio.
-    """
-
-    number: int
-    target: str
-    run: str
-
-    @property
-    def label(self) -> str:
-        return self.run or ("reference" if self.target else "mixture")
-
-
-@dataclass(frozen=True)
 class TrackPlan:
     """A track of the page.
 
@@ -82,17 +64,11 @@ class TrackPlan:
 
     @property
     def targets(self) -> list[str]:
-        runs = self.overview.runs
-        return order_targets(t for run in runs for t in run.scores.get(self.name, ()))
+        return list_targets(self.overview.runs, self.name)
 
-    def list_players(self) -> list[Player]:
-        """Return the mixture, then per target its reference and the runs' estimates."""
-        found = [("", "")] if self.reference else []
-        for target in self.targets:
-            runs = [r.name for r in self.overview.runs if target in r.estimates.get(self.name, {})]
-            references = [""] if self.reference and runs else []
-            found += [(target, run) for run in references + runs]
-        return [Player(number, *player) for number, player in enumerate(found, start=1)]
+    @property
+    def players(self) -> list[Player]:
+        return list_players(self.overview.runs, self.name, self.reference is not None)
 
     def read_signals(self) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
         """Return (target, run) of each player -> what reads its samples (2, T)."""
@@ -117,7 +93,7 @@ def write_track(plan: TrackPlan, folder: Path, options: Options) -> dict:
         UserError: audio cannot be read.
         OSError: a file cannot be written.
     """
-    players = plan.list_players()
+    players = plan.players
     analyses, start, seconds = {}, 0, 0.0
     if players:
         files = folder / str(plan.number)
@@ -260,7 +236,7 @@ def list_scores(plan: TrackPlan, target: str, window: slice) -> Iterator[dict]:
     runs = [run for run in plan.overview.runs if target in run.scores.get(plan.name, {})]
     mixtures = [run.mixture(plan.name, target) for run in runs]
     mixture = next((dB for dB in mixtures if np.isfinite(dB)), np.nan)
-    players = {(p.target, p.run): p.number for p in plan.list_players()}
+    players = {(p.target, p.run): p.number for p in plan.players}
 
     def make_row(name: str, cells: dict, **more) -> dict:
         row = {"target": target, "name": name, "cells": cells, "gain": cells["SDR"] - mixture}
