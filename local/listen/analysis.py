@@ -73,9 +73,10 @@ def match_loudness(loudness: list[float], most: float = 12) -> list[float]:
 def find_loudest(samples: np.ndarray, rate: int, seconds: int) -> int:
     """Return where the passage with the most power begins, in whole seconds."""
     whole = samples.shape[1] // rate
+    if whole <= seconds:
+        return 0
     powers = np.square(samples[:, : whole * rate]).reshape(len(samples), whole, rate).sum((0, 2))
-    sums = np.convolve(powers, np.ones(min(seconds, max(whole, 1))), "valid")
-    return int(np.argmax(sums)) if whole else 0
+    return int(np.argmax(np.convolve(powers, np.ones(seconds), "valid")))
 
 
 def _measure_powers(samples: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,8 +55,10 @@ function startOverview() {
 /* A track: all players run together, and one of them is heard. */
 
 const FADE = 30; // ms, of a switch
+const SILENT = 1e-5; // at 0 Chromium plays to another clock, and would jump when it is heard
 const FAR = 0.3; // s: a player this far off jumps; one that is nearer changes its speed for a moment
-const NEAR = 0.003; // s
+const NEAR = 0.005; // s: this near is well enough
+const PULSE = 150; // ms
 
 class Players {
   constructor(lanes) {
@@ -67,16 +69,18 @@ class Players {
     this.choices = all("input[name=player]");
     this.audio = all("audio");
     this.heard = Math.max(0, this.choices.findIndex((choice) => choice.checked));
-    this.position = 0; // s, while nothing is loaded
+    this.position = 0; // s, while nothing plays
     this.isPlaying = false;
+    this.tick = 0;
+    this.corrected = new Map(); // player -> when to look at it again, in ms
     this.loop = null; // where it begins and ends, in s
+    for (const player of this.audio) player.preservesPitch = false;
     this.setVolumes();
     this.show();
   }
 
   get time() {
-    const player = this.audio[this.heard];
-    return player.readyState ? player.currentTime : this.position;
+    return this.timer ? this.audio[this.heard].currentTime : this.position;
   }
 
   gain(number) {
@@ -84,7 +88,7 @@ class Players {
   }
 
   setVolumes() {
-    this.audio.forEach((player, i) => (player.volume = i === this.heard ? this.gain(i) : 0));
+    this.audio.forEach((player, i) => (player.volume = i === this.heard ? this.gain(i) : SILENT));
   }
 
   seek(time) {
@@ -109,6 +113,7 @@ class Players {
       await Promise.all(this.audio.map((player) => player.play()));
       this.timer ??= setInterval(() => this.keepTogether(), 20);
     } catch (error) {
+      if (!this.isPlaying) return; // it was paused meanwhile
       this.pause();
       one("#fault").textContent = `The audio cannot be played: ${error.message}`;
     }
@@ -133,16 +138,25 @@ class Players {
     const leader = this.audio[this.heard];
     this.position = leader.currentTime;
     const isAtEnd = leader.ended || this.position >= this.seconds;
+    if (isAtEnd) this.pause();
     if (this.loop && (this.position >= this.loop[1] || isAtEnd)) this.playFrom(this.loop[0]);
-    else if (isAtEnd) this.pause();
     for (const player of this.audio) {
       const late = leader.currentTime - player.currentTime;
       if (player === leader || player.seeking || player.ended) continue;
       if (Math.abs(late) > FAR) player.currentTime = leader.currentTime;
-      const change = Math.abs(late) < NEAR ? 0 : Math.min(Math.max(4 * late, -0.3), 0.3);
-      player.playbackRate = 1 + change;
+      else if (Math.abs(late) > NEAR) this.correct(player, late);
     }
-    this.show();
+    if (!(this.tick = (this.tick + 1) % 5)) this.show();
+  }
+
+  /* Change the speed of a silent player for PULSE, and look at it again when that has had its
+     effect: what was buffered before is played at the old speed. */
+  correct(player, late) {
+    const now = performance.now();
+    if (now < (this.corrected.get(player) ?? 0)) return;
+    this.corrected.set(player, now + 3 * PULSE);
+    player.playbackRate = 1 + Math.min(Math.max((1000 * late) / PULSE, -0.4), 0.4);
+    setTimeout(() => (player.playbackRate = 1), PULSE);
   }
 
   choose(number) {
@@ -162,14 +176,13 @@ class Players {
     const step = () => {
       const part = Math.min((performance.now() - began) / FADE, 1);
       if (this.heard !== to || part === 1) return this.setVolumes();
-      this.audio[from].volume = (1 - part) * this.gain(from);
-      this.audio[to].volume = part * this.gain(to);
+      this.audio[from].volume = Math.max((1 - part) * this.gain(from), SILENT);
+      this.audio[to].volume = Math.max(part * this.gain(to), SILENT);
       setTimeout(step, 4);
     };
     step();
   }
 
-  /* Of a loop, the part that was chosen stays; without one it is the whole loop that goes. */
   playFrom(time, number = this.heard) {
     this.choose(number);
     if (this.loop && (time < this.loop[0] || time >= this.loop[1])) this.setLoop(time);
@@ -195,7 +208,6 @@ class Players {
     const loop = this.loop ? `loop ${clock(this.start + this.loop[0])}–` : "";
     one("#time").textContent = `${clock(this.start + time)} / ${loop}${clock(end)}`;
     one("#play").textContent = this.isPlaying ? "Pause" : "Play";
-    one("#play").ariaPressed = this.isPlaying;
     one("#loop").ariaPressed = this.loop !== null;
   }
 }
