@@ -82,6 +82,10 @@ def wait_heard(tab, number: int) -> None:
     )
 
 
+def click_at(plot, part: float) -> None:
+    plot.click(position={"x": part * plot.bounding_box()["width"], "y": 30})
+
+
 def list_names(tab) -> list[str]:
     return tab.locator("[data-target='1'] tbody tr:visible th").all_inner_texts()
 
@@ -145,13 +149,11 @@ def test_nothing_is_loaded_before_it_is_needed(tab, folder):
 
 def test_a_click_plays_from_there(tab, folder):
     open_track(tab, folder)
-    box = tab.locator(".plot[data-player='3']").bounding_box()
-    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + 10)
+    click_at(tab.locator(".plot[data-player='3']"), 1 / 2)
     tab.wait_for_function("document.querySelectorAll('audio')[2].currentTime > 6.2")
     assert max(read_times(tab)) < 9
     assert find_heard(tab) == [3]
-    chart = tab.locator(".chart .plot").first.bounding_box()
-    tab.mouse.click(chart["x"] + chart["width"] / 4, chart["y"] + 10)
+    click_at(tab.locator(".chart .plot").first, 1 / 4)
     tab.wait_for_function("document.querySelectorAll('audio')[2].currentTime < 5")
     assert read_times(tab)[2] >= 2.9
     assert find_heard(tab) == [3]
