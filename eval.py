@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local.tools.choices import MISSING_STEMS, SPLITS, SUFFIX, add_method_flags, add_scoring_flags
+from local.tools.choices import add_data_flags, add_method_flags, add_scoring_flags
 from local.tools.command_line import OneLineParser, clear_errors
 from local.tools.progress import add_progress_flags, set_progress
 from local.tools.slurm import requeueing
@@ -53,13 +53,9 @@ def make_parser() -> OneLineParser:
         help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name [the run's"
         " best model]",
     )
-    add("--split", choices=SPLITS, default="test", help="the tracks to score [%(default)s]")
-    add("--root", type=Path, nargs="+", help="the MUSDB18 or MUSDB18-HQ folders [the run's]")
-    add("--suffix", choices=SUFFIX, help="of the files under root [the run's]")
-    add("--stem_names", help="files of a stem not named like it, as of train.py [the run's]")
-    add("--missing_stems", choices=MISSING_STEMS, help="as of train.py [the run's]")
-    add("--valid_tracks", type=Path, help="of --split train and valid, as of train.py [the run's]")
+    add_data_flags(parser)
     add_method_flags(parser)
+    add("--page", action="store_true", help="make a page to hear them, OUT/page: see local.page")
     add("--float32", action="store_true", help="save 32-bit float wav instead of 16-bit")
     add(
         "--float_references",
@@ -85,15 +81,19 @@ def evaluate(args: Namespace) -> dict[str, str]:
     """
     from local.estimates import check_method_flags, load_separator
     from local.eval.flags import check_flags, choose_device, describe_evaluation, fill_data_flags
-    from local.eval.out import choose_share, find_scored, plan_records, prepared_out
+    from local.eval.out import PAGE, choose_share, find_scored, plan_records, prepared_out
     from local.eval.results import write_results
     from local.eval.tracks import list_files, open_test_set
+    from local.listen.folder import check_folder
+    from local.page import make_page
     from local.tools.ranks import joined_ranks
 
     check_flags(args)
     data = fill_data_flags(args)
     args.checkpoint = args.checkpoint or args.exp_dir / "best_model.pth"
     out = args.exp_dir / args.out_dir
+    if args.page:
+        check_folder(out / PAGE)
     with joined_ranks() as ranks:
         model = load_separator(args.checkpoint).to(choose_device(args.use_gpu, ranks))
         check_method_flags(model, args)
@@ -111,6 +111,8 @@ def evaluate(args: Namespace) -> dict[str, str]:
             failures = {name: reason for _, failed in parts for name, reason in failed.items()}
             text = write_results(out, sorted(scored, key=lambda track: track.name), failures)
             print(f"\n{text}\nAll results are in {out}")
+            if args.page and scored:
+                make_page([out], out / PAGE, args)
             return failures
 
 

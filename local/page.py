@@ -12,18 +12,23 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
 
-from local.tools.choices import SPLITS
+from local.tools.choices import add_data_flags
 from local.tools.command_line import (
     OneLineParser,
     cleaning_up_on_sigterm,
     clear_errors,
+    plural,
     raise_together,
 )
 from local.tools.progress import add_progress_flags, set_progress
+
+if TYPE_CHECKING:  # what makes the page takes seconds to import
+    from local.listen.tracks import Options
 
 FORMATS = ("flac", "opus")
 TRACK_MEMORY = 1.5e9  # bytes, of a track of six minutes
@@ -37,59 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--audio", choices=FORMATS, default=FORMATS[0], help="format of the audio [%(default)s]")
     add("--excerpt", type=int, metavar="SECONDS", help="of the loudest vocals alone [all]")
     add("--no_references", action="store_true", help="leave the data set's audio out")
-    add("--root", type=Path, nargs="+", help="the data set that was scored [the run's]")
-    add("--split", choices=SPLITS, default="test", help="that was scored [%(default)s]")
+    add_data_flags(parser)
     add("--jobs", type=int, help="tracks at a time [as cores and free memory allow]")
     add_progress_flags(parser)
     with clear_errors(parser.prog), cleaning_up_on_sigterm():
         args = parser.parse_args(argv)
         set_progress(args.quiet, args.progress)
-        make_page(args)
+        raise_together(find_flag_faults(args))
+        from local.listen.tracks import Options
 
-
-def make_page(args: Namespace) -> None:
-    """Write the page; print its size before, and what to open after.
-
-    Args:
-        args: the flags of `main`.
-
-    Raises:
-        UserError: lists all faults of the flags, the runs, the data set and `out`; an older page
-            stays as it is.
-    """
-    from local.comparison.runs import name_runs, printable, read_published, read_runs
-    from local.eval.out import report_failed_access
-    from local.listen.build import check_room, plan_tracks, reckon_bytes, show_bytes, write_page
-    from local.listen.dataset import find_references
-    from local.listen.folder import check_folder, replaced_folder
-    from local.listen.overview import make_overview
-    from local.listen.runs import find_notes, find_rate_faults, read_run
-    from local.listen.tracks import Options
-
-    faults = find_flag_faults(args)
-    names, unnamed = name_runs(args.runs, taken=read_published()["run"].unique())
-    faults += unnamed + read_runs(names)[1]
-    raise_together(faults)
-    found = [read_run(name, folder) for name, folder in names.items()]
-    runs = [run for run, _ in found]
-    faults = [fault for _, of_run in found for fault in of_run]
-    raise_together(faults + find_rate_faults(runs))
-    check_folder(args.out)
-
-    rates = {rate for run in runs for rate in run.rates.values()}
-    rate = next(iter(rates), 0)
-    with_references = bool(rates) and not args.no_references
-    references = find_references(runs, rate, args.root, args.split) if with_references else {}
-    options = Options(args.audio, args.excerpt, with_references)
-    plans = plan_tracks(make_overview(runs), references, rate)
-    size = reckon_bytes(plans, options)
-    check_room(args.out, size)
-    count = sum(bool(plan.players) for plan in plans)
-    print(f"{len(plans)} tracks, {count} with audio: up to {show_bytes(size)}", flush=True)
-    print(*find_notes(runs), sep="\n", end="\n" if find_notes(runs) else "", flush=True)
-    with report_failed_access(args.out), replaced_folder(args.out) as folder:
-        write_page(plans, folder, options, args.jobs or choose_jobs())
-    print(f"Written: open {printable(args.out / 'index.html')}")
+        options = Options(args.audio, args.excerpt, not args.no_references)
+        make_page(args.runs, args.out, args, options, args.jobs)
 
 
 def find_flag_faults(args: Namespace) -> list[str]:
@@ -99,6 +62,49 @@ def find_flag_faults(args: Namespace) -> list[str]:
     if args.jobs is not None and args.jobs < 1:
         faults.append(f"--jobs must be at least 1, got {args.jobs}")
     return faults
+
+
+def make_page(
+    folders: list[Path],
+    out: Path,
+    data: Namespace,
+    options: Options | None = None,
+    jobs: int | None = None,
+) -> None:
+    """Write the page; print its size before, and what to open after.
+
+    Args:
+        folders: of the runs, the baseline first.
+        data: the flags of `choices.add_data_flags`.
+        jobs: tracks at a time; None: as cores and free memory allow.
+
+    Raises:
+        UserError: lists all faults of the runs, the data set or `out`; an older page stays as it
+            is.
+    """
+    from local.comparison.runs import printable
+    from local.eval.out import report_failed_access
+    from local.listen.build import check_room, plan_tracks, reckon_bytes, show_bytes, write_page
+    from local.listen.dataset import find_references
+    from local.listen.folder import check_folder, replaced_folder
+    from local.listen.overview import make_overview
+    from local.listen.runs import find_notes, read_runs
+    from local.listen.tracks import Options
+
+    check_folder(out)
+    runs, rate = read_runs(folders)
+    options = options or Options()
+    wanted = options.with_references and rate
+    references = find_references(runs, rate, data) if wanted else {}
+    plans = plan_tracks(make_overview(runs), references, rate)
+    size = reckon_bytes(plans, options)
+    check_room(out, size)
+    with_audio = sum(bool(plan.players) for plan in plans)
+    tracks = f"{plural(len(plans), 'track')}, {with_audio} with audio"
+    print(f"{out}: {tracks}: up to {show_bytes(size)}", *find_notes(runs), sep="\n", flush=True)
+    with report_failed_access(out), replaced_folder(out) as folder:
+        write_page(plans, folder, options, jobs or choose_jobs())
+    print(f"To see and hear: open {printable(out / 'index.html')}")
 
 
 def choose_jobs() -> int:

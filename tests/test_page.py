@@ -1,5 +1,4 @@
 import io
-import json
 import re
 import shutil
 from argparse import Namespace
@@ -16,8 +15,8 @@ from local.listen.analysis import COLUMNS, MELS, analyse, find_loudest, find_pea
 from local.listen.audio import encode, most_bytes
 from local.listen.build import TEMPLATES
 from local.listen.charts import choose_range, describe_box, draw_line, draw_spark, find_passages
-from local.listen.folder import check_folder, replaced_folder
-from local.page import main, make_page
+from local.listen.folder import replaced_folder
+from local.page import main
 from local.tools.command_line import UserError
 
 NAMES = ["A - Song", HOSTILE]

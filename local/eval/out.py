@@ -21,6 +21,7 @@ from local.tools.ranks import Ranks
 if TYPE_CHECKING:  # local.score needs no torch
     from torch import nn
 
+PAGE = "page"  # in OUT: what eval.py --page writes
 FLAGS = "--out_dir", "--root"  # of eval.py, that name OUT and the tracks
 
 
@@ -91,7 +92,7 @@ def make_out(
         )
     faults += [
         f"{root_flag}: a track called {name} would overwrite {out / name}; rename the track"
-        for name in sorted({"test", *RESULTS} & set(names))
+        for name in sorted({"test", PAGE, *RESULTS} & set(names))
     ]
     faults += [
         f"{root_flag}: the name of the track {name} is too long for a file of scores; rename the"

@@ -47,4 +47,4 @@ def read_audio(path: Path) -> np.ndarray:
         samples, _ = sf.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (OSError, sf.LibsndfileError):
         raise UserError(f"{path}: {describe_fault(path)}") from None
-    return np.broadcast_to(samples.T[:CHANNELS], (CHANNELS, len(samples)))
+    return np.array(np.broadcast_to(samples.T[:CHANNELS], (CHANNELS, len(samples))), order="C")

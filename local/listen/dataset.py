@@ -1,7 +1,6 @@
 """The mixtures and references of the data set that runs were scored on."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from local.eval.flags import DATA_FLAGS, fill_data_flags
 from local.eval.tracks import TestTrack, describe_files, open_test_set
@@ -12,34 +11,31 @@ from local.tracks.roots import find_root_faults
 REMEDY = "pass --root and --split as of eval.py, or --no_references"
 
 
-def find_references(
-    runs: list[Run], rate: int, roots: list[Path] | None, split: str
-) -> dict[str, TestTrack]:
+def find_references(runs: list[Run], rate: int, flags: Namespace) -> dict[str, TestTrack]:
     """Find the tracks of which a run has estimates, in the data set of the first run that names it.
 
     Args:
         rate: of the estimates, in Hz.
-        roots: instead of that data set.
-        split: that was scored.
+        flags: those of `choices.add_data_flags`, of which some may be None.
 
     Raises:
         UserError: no run names a data set, it cannot be used, it lacks tracks, or their files are
             not those that were scored.
     """
     conf_file = next(filter(None, (run.find_conf() for run in runs)), None)
-    if not roots and conf_file is None:
+    if not flags.root and conf_file is None:
         raise UserError(f"--root is needed: no run is in the folder of a training run; {REMEDY}")
-    exp_dir = conf_file.parent if conf_file else runs[0].folder
-    flags = Namespace(exp_dir=exp_dir, root=roots, split=split, **dict.fromkeys(DATA_FLAGS))
-    data = fill_data_flags(flags)
-    if faults := find_root_faults(flags.root):
+    given = {key: getattr(flags, key) for key in ("root", "split", *DATA_FLAGS)}
+    filled = Namespace(exp_dir=conf_file.parent if conf_file else runs[0].folder, **given)
+    data = fill_data_flags(filled)
+    if faults := find_root_faults(filled.root):
         raise_together([f"{fault}; {REMEDY}" for fault in faults])
-    found = {track.name: track for track in open_test_set(flags.root, rate, **data)}
+    found = {track.name: track for track in open_test_set(filled.root, rate, **data)}
     wanted = sorted(set().union(*(run.estimates for run in runs)))
     missing = [name for name in wanted if name not in found]
     if missing:
         count = f"{plural(len(missing), 'track')} of {len(wanted)}"
-        shown = " ".join(map(str, flags.root))
+        shown = " ".join(map(str, filled.root))
         raise UserError(f"--root: {shown} lacks {count}, first {missing[0]}; {REMEDY}")
     raise_together(
         [fault for run in runs for name in run.estimates for fault in _compare(run, found[name])]

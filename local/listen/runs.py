@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from local.comparison.runs import find_scores, printable
+from local.comparison.runs import find_scores, name_runs, printable, read_published
+from local.comparison.runs import read_runs as read_score_table
 from local.eval.score_files import (
     DAMAGE,
     Scores,
@@ -18,7 +19,7 @@ from local.eval.score_files import (
     read_scores,
 )
 from local.tools.choices import SUFFIXES
-from local.tools.command_line import plural
+from local.tools.command_line import plural, raise_together
 from local.tools.files import read_yaml
 from local.tools.sound_files import read_header
 
@@ -61,6 +62,20 @@ class Run:
         """Return the conf.yml of the training run whose folder this one is in."""
         folders = Path(os.path.abspath(self.folder)).parents
         return next((f / "conf.yml" for f in folders if (f / "best_model.pth").is_file()), None)
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Run], int]:
+    """Return (the runs, the sample rate of all estimates in Hz, or 0 where there are none).
+
+    Raises:
+        UserError: lists all faults of the folders and their files.
+    """
+    names, faults = name_runs(folders, taken=read_published()["run"].unique())
+    raise_together(faults + read_score_table(names)[1])
+    found = [read_run(name, folder) for name, folder in names.items()]
+    runs = [run for run, _ in found]
+    raise_together([fault for _, of_run in found for fault in of_run] + find_rate_faults(runs))
+    return runs, next((rate for run in runs for rate in run.rates.values()), 0)
 
 
 def read_run(name: str, folder: Path) -> tuple[Run, list[str]]:

@@ -1,6 +1,7 @@
 """Choices that several commands and functions share, and the flags that offer them."""
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 # How a track is separated: see local/inference.py.
 METHODS = ("overlap-add", "full", "stream")
@@ -18,6 +19,17 @@ OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif
 SUFFIX = ("auto", *SUFFIXES)  # what --suffix may be
 SPLITS = ("train", "valid", "test")
 MISSING_STEMS = ("error", "silent")
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """Add --split, and the flags that name the data set of a run: see eval/flags.py."""
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="test", help="the tracks to score [%(default)s]")
+    add("--root", type=Path, nargs="+", help="the MUSDB18 or MUSDB18-HQ folders [the run's]")
+    add("--suffix", choices=SUFFIX, help="of the files under root [the run's]")
+    add("--stem_names", help="files of a stem not named like it, as of train.py [the run's]")
+    add("--missing_stems", choices=MISSING_STEMS, help="as of train.py [the run's]")
+    add("--valid_tracks", type=Path, help="of --split train and valid, as of train.py [the run's]")
 
 
 def add_method_flags(parser: ArgumentParser) -> None:
