@@ -140,7 +140,7 @@ for flag in "${eval_flags[@]}"; do
     [[ ! $flag =~ ^--(exp|out)[_-]dir ]] || fail "results go to exp/NAME/eval here: omit $flag"
 done
 
-test_set=() given_flags=("${train_flags[@]}")
+test_set=() page=() given_flags=("${train_flags[@]}")
 if [ ${#roots[@]} -gt 0 ]; then
     exp=$here/exp/${tag:-musdb18}
     for number in "${!roots[@]}"; do
@@ -154,7 +154,7 @@ if [ ${#roots[@]} -gt 0 ]; then
     test_set=(--root "${roots[@]}")
     train_flags=("${test_set[@]}" "${train_flags[@]}")
 elif [ -z "$conf" ]; then
-    exp=$here/exp/${tag:-demo}
+    exp=$here/exp/${tag:-demo} page=(--page)
     if [[ " ${train_flags[*]}" =~ \ --init[\ =] ]]; then demo_model=(); fi # that of --init
     train_flags=(--root "$here/data/demo" "${demo_model[@]}" "${demo_flags[@]}" "${train_flags[@]}")
 fi
@@ -163,7 +163,7 @@ if [ -n "$conf" ]; then
     train_flags=(--conf "$conf" "${train_flags[@]}")
 fi
 train_flags=(--exp_dir "$exp" "${train_flags[@]}")
-eval_flags=(--exp_dir "$exp" --out_dir eval "${test_set[@]}" "${eval_flags[@]}")
+eval_flags=(--exp_dir "$exp" --out_dir eval "${test_set[@]}" "${page[@]}" "${eval_flags[@]}")
 
 # With --version at the end, the commands read their flags and do no more.
 check_flags() {
@@ -221,3 +221,6 @@ separated audio    $exp/eval/TRACK/{vocals,accompaniment}.wav
 best model         $exp/best_model.pth
 results            $exp/eval/results.txt, results.csv; per track in eval/test/
 EOF
+if [ -e "$exp/eval/page/index.html" ]; then
+    echo "to see and hear    $exp/eval/page/index.html, in a browser"
+fi

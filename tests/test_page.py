@@ -4,12 +4,14 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import html5lib
 import numpy as np
 import pytest
 import soundfile as sf
 from conftest import RATE
 from scored_runs import HOSTILE, write_scored_run, write_scores
 
+from eval import main as evaluate
 from local.comparison.runs import read_published
 from local.listen.analysis import COLUMNS, MELS, analyse, find_loudest, find_peaks, match_loudness
 from local.listen.audio import encode, most_bytes
@@ -36,7 +38,6 @@ def page(run) -> Path:
 
 def parse(file: Path):
     """The page as html5lib's strict parser reads it: it raises at the first error."""
-    html5lib = pytest.importorskip("html5lib", reason="pip install html5lib")
     parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
     return parser.parse(file.read_text(encoding="utf-8"))
 
@@ -155,6 +156,21 @@ def test_scores_of_other_systems_have_no_records(tmp_path):
     write_scores(tmp_path / "other", "A", 3, 5)
     main([str(tmp_path / "other"), "--out", str(tmp_path / "page")])
     parse(tmp_path / "page" / "tracks" / "1.html")
+
+
+def test_eval_makes_a_page_of_its_own_estimates(experiment, tmp_path, capsys):
+    own = shutil.copytree(experiment, tmp_path / "exp")
+    flags = ["--exp_dir", str(own), "--out_dir", "out", "--n_save_ex", "1", "--page"]
+    evaluate(flags)
+    index = own / "out" / "page" / "index.html"
+    assert str(index) in capsys.readouterr().out
+    assert len(list(index.parent.rglob("*.flac"))) == 5
+    shutil.rmtree(index.parent)
+    index.parent.mkdir()
+    (index.parent / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        evaluate(flags)
+    assert "notes.txt" in capsys.readouterr().err
 
 
 # Bad input
