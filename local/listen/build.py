@@ -77,11 +77,11 @@ def write_page(plans: list[TrackPlan], folder: Path, options: Options, jobs: int
 
     def work(plan: TrackPlan) -> None:
         context = write_track(plan, tracks, options)
-        start = context["start"]
+        start, shown = context["start"], 0.97 * context["seconds"]  # no label is cut at the end
         around = {
             "before": plans[plan.number - 2 : plan.number - 1],
             "after": plans[plan.number : plan.number + 1],
-            "ticks": choose_ticks(start, start + context["seconds"], MOST_TICKS),
+            "ticks": choose_ticks(start, start + shown, MOST_TICKS),
         }
         text = render("track.html", {**shared, **context, **around})
         (tracks / f"{plan.number}.html").write_text(text, encoding="utf-8")
@@ -118,12 +118,21 @@ def make_renderer() -> Callable[[str, dict], str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"db": show_db, "gain": show_gain, "clock": show_clock}
+    environment.filters |= {
+        "db": show_db,
+        "level": show_level,
+        "gain": show_gain,
+        "clock": show_clock,
+    }
     return lambda template, values: environment.get_template(template).render(values)
 
 
 def show_db(value: float | None) -> str:
     return f"{value:.2f}" if value is not None and np.isfinite(value) else "–"
+
+
+def show_level(value: float) -> str:
+    return f"{value:.1f}" if np.isfinite(value) else "–"
 
 
 def show_gain(value: float | None) -> str:

@@ -25,8 +25,10 @@ def draw_line(values: np.ndarray, step: float = 1.0) -> str:
 
 
 def draw_waveform(peaks: np.ndarray, full_scale: float) -> str:
-    """Return an SVG path around peaks (columns, 2), in a box of columns x [-100, 100]."""
-    y = np.rint(-100 * peaks / max(full_scale, 1e-9)).astype(int)
+    """Return an SVG path around peaks (columns, 2), in a box of columns x [-100, 100]; what is
+    beyond `full_scale` is cut.
+    """
+    y = np.rint(-100 * np.clip(peaks / max(full_scale, 1e-9), -1, 1)).astype(int)
     upper = [f"{x} {high}" for x, high in enumerate(y[:, 1])]
     lower = [f"{x} {low}" for x, low in enumerate(y[:, 0])]
     return f"M{'L'.join(upper)}L{'L'.join(reversed(lower))}Z"

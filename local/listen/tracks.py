@@ -28,6 +28,7 @@ from local.tools.command_line import UserError
 
 FRAME_METRICS = ("SDR", "SIR", "SAR")  # drawn over time
 MOST_TICKS = 12
+LOUD_SHARE = 0.995  # of the columns of a waveform are within its picture
 MEL_RANGE = 80  # dB, from black to white
 
 
@@ -161,7 +162,9 @@ def describe_players(
     players: list[Player], analyses: dict[Player, Analysis], track: int, options: Options
 ) -> list[dict]:
     gains = match_loudness([analyses[player].loudness for player in players])
-    full_scale = max((float(np.abs(a.peaks).max()) for a in analyses.values()), default=1)
+    # Of all waveforms of the track, so that they can be compared; a single click may be beyond.
+    highest = [np.quantile(np.abs(a.peaks), LOUD_SHARE) for a in analyses.values()]
+    full_scale = float(max(highest, default=1))
     return [
         {
             "number": player.number,
