@@ -109,7 +109,8 @@ def describe_options(overview: Overview, options: Options) -> dict:
 def make_renderer() -> Callable[[str, dict], str]:
     """Return a function from the name of a template and its values to text.
 
-    All text that comes from files is escaped.
+    All text that comes from files is escaped. The templates are read now, whatever happens to them
+    while a page is made.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -117,14 +118,14 @@ def make_renderer() -> Callable[[str, dict], str]:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,
     )
-    environment.filters |= {
-        "db": show_db,
-        "level": show_level,
-        "gain": show_gain,
-        "clock": show_clock,
+    environment.filters |= {"db": show_db, "gain": show_gain}
+    environment.filters |= {"level": show_level, "clock": show_clock}
+    templates = {
+        name: environment.get_template(name) for name in environment.list_templates(["html"])
     }
-    return lambda template, values: environment.get_template(template).render(values)
+    return lambda name, values: templates[name].render(values)
 
 
 def show_db(value: float | None) -> str:
