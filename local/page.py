@@ -102,7 +102,7 @@ def make_page(
     with_audio = sum(bool(plan.players) for plan in plans)
     tracks = f"{plural(len(plans), 'track')}, {with_audio} with audio"
     print(f"{out}: {tracks}: up to {show_bytes(size)}", *find_notes(runs), sep="\n", flush=True)
-    with report_failed_access(out), replaced_folder(out) as folder:
+    with report_failed_access(out, out.absolute().parent), replaced_folder(out) as folder:
         write_page(plans, folder, options, jobs or choose_jobs())
     print(f"To see and hear: open {printable(out / 'index.html')}")
 

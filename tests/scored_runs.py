@@ -21,7 +21,8 @@ def write_scored_run(
     the first `saved` tracks; returns EXP/eval. The worst second is the third one.
     """
     exp.mkdir(parents=True)
-    (exp / "best_model.pth").touch()
+    for name in ("best_model.pth", "best_k_models.json"):
+        (exp / name).touch()
     conf = {"data": {"root": str(exp / "data")}, "training": {"epochs": 3}}
     (exp / "conf.yml").write_text(yaml.safe_dump(conf), encoding="utf-8")
     for number, name in enumerate(names):

@@ -195,8 +195,40 @@ def test_damaged_estimates_are_named(tmp_path, error_of):
     run = write_scored_run(tmp_path / "exp", ["A", "B"])
     (run / "A" / "vocals.wav").write_bytes(b"")
     (run / "B" / "vocals.wav").write_bytes(b"RIFF")
+    sf.write(run / "B" / "accompaniment.wav", np.zeros((0, 2)), RATE)
     error = error_of(main, run, "--out", tmp_path / "page")
-    assert str(run / "A" / "vocals.wav") in error and str(run / "B" / "vocals.wav") in error
+    for file in ("A/vocals.wav", "B/vocals.wav", "B/accompaniment.wav"):
+        assert str(run / file) in error
+
+
+def test_an_estimate_damaged_in_its_middle_leaves_no_page(tmp_path, error_of):
+    run = write_scored_run(tmp_path / "exp", ["A", "B"])
+    file = run / "B" / "vocals.flac"
+    sf.write(file, sf.read(run / "B" / "vocals.wav")[0], RATE)
+    (run / "B" / "vocals.wav").unlink()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
+    file.write_bytes(data)
+    assert f"{file}: damaged after" in error_of(main, run, "--out", tmp_path / "page")
+    assert [path.name for path in tmp_path.iterdir()] == ["exp"]
+
+
+def test_damaged_records_and_settings(tmp_path, error_of):
+    run = write_scored_run(tmp_path / "exp", ["A", "B"])
+    (run / "test" / "A.yml").write_text("files: [1]\nmade_with: 3\nmixture_SDR: x")
+    (run / "test" / "B.yml").write_text("- 1")
+    main([str(run), "--out", str(tmp_path / "page")])
+    (tmp_path / "exp" / "conf.yml").write_text("- 1")
+    assert "conf.yml" in error_of(main, run, "--out", tmp_path / "page", "--no_references")
+
+
+def test_no_run_and_no_place_for_a_page(run, tmp_path, error_of):
+    assert "did you mean" in error_of(main, f"{run}l", "--out", tmp_path / "page")
+    assert "name the folder" in error_of(main, run.parent, "--out", tmp_path / "page")
+    (tmp_path / "file").touch()
+    for out in ("file", "file/page"):
+        assert "--out" in error_of(main, run, "--out", tmp_path / out)
+    assert "other files" in error_of(main, run, "--out", run)
 
 
 def test_a_missing_data_set_is_named_with_the_remedies(tmp_path, error_of):

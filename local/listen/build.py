@@ -72,8 +72,8 @@ def write_page(plans: list[TrackPlan], folder: Path, options: Options, jobs: int
         shutil.copyfile(TEMPLATES / name, folder / name)
     tracks = folder / "tracks"
     tracks.mkdir()
-    shared = describe_options(overview, options)
-    render = make_renderer()
+    shared, render = describe_options(overview, options), make_renderer()
+    index = render("index.html", {**shared, **describe_overview(overview, options.with_references)})
 
     def work(plan: TrackPlan) -> None:
         context = write_track(plan, tracks, options)
@@ -88,8 +88,7 @@ def write_page(plans: list[TrackPlan], folder: Path, options: Options, jobs: int
 
     _, faults = run_jobs(work, [(plan,) for plan in plans], jobs, "listening page", "tracks")
     raise_together(faults)
-    text = render("index.html", {**shared, **describe_overview(overview, options.with_references)})
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    (folder / "index.html").write_text(index, encoding="utf-8")
 
 
 def describe_options(overview: Overview, options: Options) -> dict:

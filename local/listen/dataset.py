@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from local.eval.flags import DATA_FLAGS, fill_data_flags
+from local.eval.score_files import DAMAGE
 from local.eval.tracks import TestTrack, describe_files, open_test_set
 from local.listen.runs import Run
 from local.tools.command_line import UserError, plural, raise_together
@@ -45,11 +46,11 @@ def find_references(runs: list[Run], rate: int, flags: Namespace) -> dict[str, T
 
 def _compare(run: Run, track: TestTrack) -> list[str]:
     """Return a fault where the files of a track have other sizes than those that were scored."""
-    scored = run.records[track.name].get("files")
-    if not isinstance(scored, dict):
+    try:
+        before = {name: size for name, (size, _) in run.records[track.name]["files"].items()}
+    except DAMAGE:  # another system's, or of a damaged record
         return []
-    sizes = {name: stamp[0] for name, stamp in describe_files(track).items()}
-    before = {name: stamp[0] for name, stamp in scored.items()}
+    sizes = {name: size for name, (size, _) in describe_files(track).items()}
     if sizes == before:
         return []
     return [f"{track.place.path}: not the files that {run.name} was scored on; {REMEDY}"]

@@ -45,7 +45,10 @@ def replaced_folder(out: Path) -> Iterator[Path]:
     """
     check_folder(out)
     out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}") from None
     # A folder that is not empty cannot be replaced by renaming, so the old page steps aside.
     old = out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():  # an earlier run was killed between the two renames

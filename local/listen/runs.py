@@ -32,7 +32,7 @@ class Run:
     """A run of eval.py, or the scores of another system.
 
     Args:
-        folder: that has TRACK/TARGET.wav beside test/TRACK.json.
+        folder: as it was named; it has TRACK/TARGET.wav beside test/TRACK.json.
         scores: track -> target -> metric -> dB of every frame.
         records: track -> what made its scores; {} for another system.
         estimates: track -> target -> file.
@@ -84,19 +84,23 @@ def read_run(name: str, folder: Path) -> tuple[Run, list[str]]:
     Returns:
         (the run, the faults of its estimates, a line each).
     """
-    folder = folder.parent if folder.resolve().name == "test" else folder
     scores, records, estimates, rates, faults = {}, {}, {}, {}, []
     for track, path in find_scores(folder).items():
         scores[track], records[track] = read_scores(path), read_record(path)
+        out = path.parent.parent if path.parent.name == "test" else path.parent
         own_name = path.name.removesuffix(".gz").removesuffix(".json")
-        found = find_estimates(folder / own_name, scores[track])
+        found = find_estimates(out / own_name, scores[track])
         if found:
             estimates[track] = found
         for file in found.values():
             try:
-                rates[file] = read_header(file).samplerate
+                header = read_header(file)
             except ValueError as error:
                 faults.append(f"{printable(file)}: {error}")
+                continue
+            rates[file] = header.samplerate
+            if header.frames == 0:
+                faults.append(f"{printable(file)}: no samples; run eval.py again")
     return Run(name, folder, scores, records, estimates, rates), faults
 
 
