@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: Python puts this folder on its path, not the one above
     sys.path[0] = str(Path(__file__).parents[1])
 
-from local.tools.choices import add_data_flags
+from local.tools.choices import AUDIO_FORMATS, add_data_flags
 from local.tools.command_line import (
     OneLineParser,
     cleaning_up_on_sigterm,
@@ -28,9 +28,8 @@ from local.tools.command_line import (
 from local.tools.progress import add_progress_flags, set_progress
 
 if TYPE_CHECKING:  # what makes the page takes seconds to import
-    from local.listen.tracks import Options
+    from local.listen.signals import Options
 
-FORMATS = ("flac", "opus")
 TRACK_MEMORY = 1.5e9  # bytes, of a track of six minutes
 
 
@@ -39,7 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="EXP/OUT of eval.py; the baseline first")
     add("-o", "--out", type=Path, required=True, help="folder to write; an older page is replaced")
-    add("--audio", choices=FORMATS, default=FORMATS[0], help="format of the audio [%(default)s]")
+    add(
+        "--audio",
+        choices=AUDIO_FORMATS,
+        default=AUDIO_FORMATS[0],
+        help="format of the audio [%(default)s]",
+    )
     add("--excerpt", type=int, metavar="SECONDS", help="of the loudest vocals alone [all]")
     add("--no_references", action="store_true", help="leave the data set's audio out")
     add_data_flags(parser)
@@ -49,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         set_progress(args.quiet, args.progress)
         raise_together(find_flag_faults(args))
-        from local.listen.tracks import Options
+        from local.listen.signals import Options
 
         options = Options(args.audio, args.excerpt, not args.no_references)
         make_page(args.runs, args.out, args, options, args.jobs)
@@ -88,8 +92,8 @@ def make_page(
     from local.listen.dataset import find_references
     from local.listen.folder import check_folder, replaced_folder
     from local.listen.overview import make_overview
-    from local.listen.runs import find_notes, read_runs
-    from local.listen.tracks import Options
+    from local.listen.runs import find_missing_audio, read_runs
+    from local.listen.signals import Options
 
     check_folder(out)
     runs, rate = read_runs(folders)
@@ -101,7 +105,10 @@ def make_page(
     check_room(out, size)
     with_audio = sum(bool(plan.players) for plan in plans)
     tracks = f"{plural(len(plans), 'track')}, {with_audio} with audio"
-    print(f"{out}: {tracks}: up to {show_bytes(size)}", *find_notes(runs), sep="\n", flush=True)
+    print(f"{out}: {tracks}: up to {show_bytes(size)}")
+    print(
+        *find_missing_audio(runs), sep="\n", end="\n" * bool(find_missing_audio(runs)), flush=True
+    )
     with report_failed_access(out, out.absolute().parent), replaced_folder(out) as folder:
         write_page(plans, folder, options, jobs or choose_jobs())
     print(f"To see and hear: open {printable(out / 'index.html')}")

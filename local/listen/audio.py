@@ -12,7 +12,6 @@ from local.tools.ffmpeg import run_program
 from local.tools.sound_files import describe_fault
 from local.tools.wav import to_16_bits
 
-FORMATS = ("flac", "opus")
 OPUS_RATE = 128  # kbit/s
 CHANNELS = 2
 
@@ -24,7 +23,7 @@ def most_bytes(seconds: float, rate: int, form: str) -> float:
 
 
 def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
-    """Return samples (channels, T) as a file of one of FORMATS; those of FLAC have 16 bits.
+    """Return samples (channels, T) as a file of AUDIO_FORMATS; FLAC has 16 bits.
 
     Raises:
         UserError: ffmpeg has no Opus.

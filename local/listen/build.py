@@ -14,8 +14,9 @@ from local.listen.audio import most_bytes
 from local.listen.charts import PASSAGE, choose_ticks
 from local.listen.folder import MARK
 from local.listen.overview import Overview, describe_overview
-from local.listen.runs import find_notes, list_tracks
-from local.listen.tracks import MOST_TICKS, Options, TrackPlan, write_track
+from local.listen.runs import find_missing_audio, list_tracks
+from local.listen.signals import Options, TrackPlan
+from local.listen.tracks import MOST_TICKS, write_track
 from local.tools.command_line import UserError, raise_together
 from local.tools.jobs import run_jobs
 from local.tools.sound_files import read_header
@@ -61,7 +62,7 @@ def show_bytes(size: float) -> str:
 
 
 def write_page(plans: list[TrackPlan], folder: Path, options: Options, jobs: int) -> None:
-    """Write the page of these tracks, which are not none, into an empty folder.
+    """Write the page of all tracks into an empty folder.
 
     Raises:
         UserError: audio cannot be read.
@@ -99,7 +100,7 @@ def describe_options(overview: Overview, options: Options) -> dict:
         "options": options,
         "passage": PASSAGE,
         "metrics": METRICS,
-        "missing": find_notes(overview.runs),
+        "missing": find_missing_audio(overview.runs),
         "numbers": {name: number for number, name in enumerate(overview.names, start=1)},
         "has_audio": any(run.estimates for run in overview.runs),
     }

@@ -19,7 +19,9 @@ from local.listen.charts import (
     draw_spark,
     find_passages,
 )
-from local.listen.runs import Run, describe_run, list_players, list_targets, list_tracks
+from local.listen.facts import describe_run
+from local.listen.players import list_players
+from local.listen.runs import Run, find_mixture, list_targets, list_tracks
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,7 @@ def describe_overview(overview: Overview, with_references: bool) -> dict:
     runs, targets = overview.runs, list_targets(overview.runs)
     folders = {run.name: run.folder for run in runs}
     facts = [describe_run(run) for run in runs]
-    kinds = list(
-        dict.fromkeys(
-            kind for of_run in facts for kind in of_run if any(f.get(kind) for f in facts)
-        )
-    )
+    kinds = dict.fromkeys(kind for of_run in facts for kind, value in of_run.items() if value)
     notes = find_method_notes(folders, with_published=bool(overview.published))
     differences = paired_differences(overview.scores)
     return {
@@ -127,10 +125,9 @@ def list_rows(overview: Overview, target: str, with_references: bool) -> list[di
     """
     rows, first = [], overview.runs[0]
     for number, track in enumerate(list_tracks(overview.runs), start=1):
-        having = [run for run in overview.runs if target in run.scores.get(track, {})]
-        mixtures = [run.mixture(track, target) for run in having]
-        mixture = next((dB for dB in mixtures if np.isfinite(dB)), np.nan)
+        mixture = find_mixture(overview.runs, track, target)
         sdr = [run.median(track, target) for run in overview.runs]
+        having = [run for run in overview.runs if run.has(track, target)]
         frames = {run.name: run.scores[track][target]["SDR"] for run in having}
         players = list_players(overview.runs, track, with_references)
         of_first = [p.number for p in players if (p.target, p.run) == (target, first.name)]

@@ -1,7 +1,6 @@
 """What a run holds: scores of every frame, their records, saved estimates, facts."""
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,7 @@ from local.eval.score_files import (
 )
 from local.tools.choices import SUFFIXES
 from local.tools.command_line import plural, raise_together
-from local.tools.files import read_yaml
 from local.tools.sound_files import read_header
-
-MODEL_FACTS = ("causal", "norm_type")
-TRAINING_FACTS = ("epochs", "segment", "loss")
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,9 @@ class Run:
             return float(self.records[track]["mixture_SDR"][target]["median"])
         except DAMAGE:
             return np.nan
+
+    def has(self, track: str, target: str) -> bool:
+        return target in self.scores.get(track, {})
 
     def find_conf(self) -> Path | None:
         """Return the conf.yml of the training run whose folder this one is in."""
@@ -124,81 +122,13 @@ def list_targets(runs: list[Run], track: str | None = None) -> list[str]:
     return order_targets(t for run in runs for name in tracks for t in run.scores.get(name, ()))
 
 
-@dataclass(frozen=True)
-class Player:
-    """What can be heard of a track.
-
-    Args:
-        number: from 1 on; also its key and the name of its files.
-        target: "" for the mixture.
-        run: the name of the run whose estimate it is; "" for the data set's audio.
-    """
-
-    number: int
-    target: str
-    run: str
-
-    @property
-    def label(self) -> str:
-        return self.run or ("reference" if self.target else "mixture")
+def find_mixture(runs: list[Run], track: str, target: str) -> float:
+    """Return the SDR of the mixture by the first run that has it; NaN where none has."""
+    found = [run.mixture(track, target) for run in runs]
+    return next((dB for dB in found if np.isfinite(dB)), np.nan)
 
 
-def list_players(runs: list[Run], track: str, has_reference: bool) -> list[Player]:
-    """Return the players of a track: the mixture, then per target its reference and the runs'
-    estimates. A track without estimates has none.
-    """
-    has_reference = has_reference and any(track in run.estimates for run in runs)
-    found = [("", "")] if has_reference else []
-    for target in list_targets(runs, track):
-        names = [run.name for run in runs if target in run.estimates.get(track, {})]
-        references = [""] if has_reference and names else []
-        found += [(target, name) for name in references + names]
-    return [Player(number, *player) for number, player in enumerate(found, start=1)]
-
-
-def describe_run(run: Run) -> dict[str, str]:
-    """Return the facts of a run: what they are of -> text; "" where that is not known."""
-    facts = {
-        "folder": printable(run.folder),
-        "tracks": str(len(run.scores)),
-        "with audio": str(len(run.estimates)),
-    }
-    for fact in ("method", "segment", "overlap", "checkpoint", "precision", "scorer"):
-        facts[fact] = _count(_find_made_with(record, fact) for record in run.records.values())
-    facts["checkpoint"] = facts["checkpoint"][:12]  # the beginning of a SHA-256
-    facts["recipe"] = _count(record.get("version") for record in run.records.values())
-    return facts | _describe_training(run.find_conf())
-
-
-def _find_made_with(record: dict, fact: str):
-    made_with = record.get("made_with")
-    return made_with.get(fact) if isinstance(made_with, dict) else None
-
-
-def _count(values: Iterable) -> str:
-    """Return the values as text, with their counts where there are several."""
-    counts = Counter(str(value) for value in values if value is not None)
-    if len(counts) < 2:
-        return "".join(counts)
-    return ", ".join(f"{value} ({plural(count, 'track')})" for value, count in counts.items())
-
-
-def _describe_training(conf_file: Path | None) -> dict[str, str]:
-    if conf_file is None or not conf_file.is_file():
-        return {}
-    conf = read_yaml(conf_file)
-    sections = {
-        key: value
-        for part in conf.values()
-        if isinstance(part, dict)
-        for key, value in part.items()
-    }
-    facts = {key: sections[key] for key in (*MODEL_FACTS, *TRAINING_FACTS) if key in sections}
-    names = {"segment": "segment of training"}
-    return {names.get(key, key): str(value) for key, value in facts.items()}
-
-
-def find_notes(runs: list[Run]) -> list[str]:
+def find_missing_audio(runs: list[Run]) -> list[str]:
     """Return which runs have no audio of which tracks, and what to run, a line each."""
     notes = []
     for run in runs:

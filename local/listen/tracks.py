@@ -1,20 +1,12 @@
-"""The page of a track: its players with their files, and the scores over time."""
+"""The page of a track: its players, and the scores over time."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from local.eval.score_files import METRICS
-from local.eval.tracks import TestTrack, read_track
-from local.listen.analysis import (
-    Analysis,
-    analyse,
-    find_loudest,
-    match_loudness,
-)
-from local.listen.audio import encode, read_audio
+from local.listen.analysis import Analysis, match_loudness
 from local.listen.charts import (
     choose_range,
     choose_ticks,
@@ -22,66 +14,13 @@ from local.listen.charts import (
     draw_waveform,
     find_passages,
 )
-from local.listen.overview import Overview
-from local.listen.runs import Player, list_players, list_targets
-from local.tools.command_line import UserError
+from local.listen.players import Player
+from local.listen.runs import find_mixture
+from local.listen.signals import Options, TrackPlan, draw_spectrograms, write_audio
 
 FRAME_METRICS = ("SDR", "SIR", "SAR")  # drawn over time
 MOST_TICKS = 12
 LOUD_SHARE = 0.995  # of the columns of a waveform are within its picture
-MEL_RANGE = 80  # dB, from black to white
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a page holds.
-
-    Args:
-        audio: one of audio.FORMATS.
-        excerpt: seconds of audio of each track; None for all of it.
-        with_references: whether the data set's audio is in it.
-    """
-
-    audio: str = "flac"
-    excerpt: int | None = None
-    with_references: bool = True
-
-
-@dataclass(frozen=True)
-class TrackPlan:
-    """A track of the page.
-
-    Args:
-        number: from 1 on; also the name of its files.
-        reference: where the data set's audio is read from; None where it is not in the page.
-        rate: of its audio, in Hz.
-    """
-
-    number: int
-    name: str
-    overview: Overview
-    reference: TestTrack | None
-    rate: int
-
-    @property
-    def targets(self) -> list[str]:
-        return list_targets(self.overview.runs, self.name)
-
-    @property
-    def players(self) -> list[Player]:
-        return list_players(self.overview.runs, self.name, self.reference is not None)
-
-    def read_signals(self) -> dict[tuple[str, str], Callable[[], np.ndarray]]:
-        """Return (target, run) of each player -> what reads its samples (2, T)."""
-        readers = {}
-        if self.reference:
-            audio, _ = read_track(self.reference, with_stems=len(self.targets) > 2)
-            readers |= {("", ""): lambda: audio["mixture"]}
-            readers |= {(t, ""): lambda t=t: audio[t] for t in self.targets if t in audio}
-        for run in self.overview.runs:
-            for target, file in run.estimates.get(self.name, {}).items():
-                readers[target, run.name] = lambda file=file: read_audio(file)
-        return readers
 
 
 def write_track(plan: TrackPlan, folder: Path, options: Options) -> dict:
@@ -112,50 +51,6 @@ def write_track(plan: TrackPlan, folder: Path, options: Options) -> dict:
         "scores": [row for target in plan.targets for row in list_scores(plan, target, window)],
         "track_notes": list_notes(plan, start, seconds),
     }
-
-
-def write_audio(
-    plan: TrackPlan, players: list[Player], files: Path, options: Options
-) -> tuple[dict[Player, Analysis], int, float]:
-    """Return (player -> what is shown of it, where the audio begins in the track, its length), in
-    seconds.
-    """
-    try:
-        readers = plan.read_signals()
-    except ValueError as error:
-        raise UserError(f"{plan.name}: {error}") from None
-    start = choose_start(players, readers, plan.rate, options.excerpt)
-    analyses, seconds = {}, 0.0
-    for player in players:
-        samples = readers[player.target, player.run]()
-        if options.excerpt:
-            samples = samples[:, start * plan.rate :][:, : options.excerpt * plan.rate]
-        seconds = max(seconds, samples.shape[1] / plan.rate)
-        data = encode(samples, plan.rate, options.audio)
-        (files / f"{player.number}.{options.audio}").write_bytes(data)
-        analyses[player] = analyse(samples, plan.rate)
-    return analyses, start, seconds
-
-
-def choose_start(players: list[Player], readers: dict, rate: int, excerpt: int | None) -> int:
-    """Return where the excerpt begins: the loudest passage of the first vocals, or else of the
-    first player.
-    """
-    if not excerpt:
-        return 0
-    first = next((p for p in players if p.target == "vocals"), players[0])
-    return find_loudest(readers[first.target, first.run](), rate, excerpt)
-
-
-def draw_spectrograms(analyses: dict[Player, Analysis], files: Path) -> None:
-    """Write NUMBER.png for each player: columns over time, low frequencies at the bottom."""
-    from matplotlib.image import imsave  # takes a second to import
-
-    highest = max(float(analysis.mel.max()) for analysis in analyses.values())
-    for player, analysis in analyses.items():
-        limits = {"vmin": highest - MEL_RANGE, "vmax": highest}
-        path = files / f"{player.number}.png"
-        imsave(path, analysis.mel, cmap="magma", origin="lower", format="png", **limits)
 
 
 def describe_players(
@@ -211,21 +106,25 @@ def chart_target(plan: TrackPlan, target: str, window: slice) -> dict:
     frames = {
         run.name: {m: run.scores[plan.name][target][m][window] for m in FRAME_METRICS}
         for run in plan.overview.runs
-        if target in run.scores.get(plan.name, {})
+        if run.has(plan.name, target)
     }
-    mixtures = [run.mixture(plan.name, target) for run in plan.overview.runs]
-    mixture = next((dB for dB in mixtures if np.isfinite(dB)), None)
+    mixture = find_mixture(plan.overview.runs, plan.name, target)
     metrics = [draw_metric(metric, frames, mixture) for metric in FRAME_METRICS]
     return {"target": target, "metrics": metrics}
 
 
-def draw_metric(metric: str, frames: dict, mixture: float | None) -> dict:
+def draw_metric(metric: str, frames: dict, mixture: float) -> dict:
+    """Return a chart of a metric, with the mixture's SDR where it is one of SDR and holds it.
+
+    Args:
+        frames: run -> metric -> dB of every second that is shown.
+    """
     low, high = choose_range(of_run[metric] for of_run in frames.values())
     return {
         "metric": metric,
         "range": (low, high),
         "ticks": choose_ticks(low, high, 4),
-        "mixture": mixture if metric == "SDR" and mixture and low <= mixture <= high else None,
+        "mixture": mixture if metric == "SDR" and low <= mixture <= high else None,
         "lines": {
             name: draw_line(np.clip(of_run[metric], low, high)) for name, of_run in frames.items()
         },
@@ -236,9 +135,7 @@ def list_scores(plan: TrackPlan, target: str, window: slice) -> Iterator[dict]:
     """Yield the rows of a target: the mixture, the runs with their worst and best passage in the
     window, the published models.
     """
-    runs = [run for run in plan.overview.runs if target in run.scores.get(plan.name, {})]
-    mixtures = [run.mixture(plan.name, target) for run in runs]
-    mixture = next((dB for dB in mixtures if np.isfinite(dB)), np.nan)
+    mixture = find_mixture(plan.overview.runs, plan.name, target)
     players = {(p.target, p.run): p.number for p in plan.players}
 
     def make_row(name: str, cells: dict, **more) -> dict:
@@ -246,7 +143,7 @@ def list_scores(plan: TrackPlan, target: str, window: slice) -> Iterator[dict]:
         return {**row, "passages": {}, "player": None, "published": False, **more}
 
     yield make_row("mixture", {"SDR": mixture}, gain=np.nan)
-    for run in runs:
+    for run in [run for run in plan.overview.runs if run.has(plan.name, target)]:
         cells = {metric: run.median(plan.name, target, metric) for metric in METRICS}
         found = find_passages(run.scores[plan.name][target]["SDR"][window])
         passages = {kind: (window.start + first, mean) for kind, (first, mean) in found.items()}

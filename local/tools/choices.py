@@ -17,6 +17,7 @@ SCORERS = ("bsseval", "museval")
 SUFFIXES = ("wav", "flac")  # of the files of a data set
 OTHER_SUFFIXES = (".mp3", ".mp4", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
 SUFFIX = ("auto", *SUFFIXES)  # what --suffix may be
+AUDIO_FORMATS = ("flac", "opus")  # of the listening page
 SPLITS = ("train", "valid", "test")
 MISSING_STEMS = ("error", "silent")
 
