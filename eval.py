@@ -113,6 +113,8 @@ def evaluate(args: Namespace) -> dict[str, str]:
             print(f"\n{text}\nAll results are in {out}")
             if args.page and scored:
                 make_page([out], out / PAGE, args)
+            elif os.path.exists(out / PAGE):
+                print(f"{out / PAGE} is of an earlier evaluation; --page makes it again")
             return failures
 
 

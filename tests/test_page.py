@@ -165,6 +165,8 @@ def test_eval_makes_a_page_of_its_own_estimates(experiment, tmp_path, capsys):
     index = own / "out" / "page" / "index.html"
     assert str(index) in capsys.readouterr().out
     assert len(list(index.parent.rglob("*.flac"))) == 5
+    evaluate(flags[:-1])
+    assert "--page makes it again" in capsys.readouterr().out
     shutil.rmtree(index.parent)
     index.parent.mkdir()
     (index.parent / "notes.txt").touch()
