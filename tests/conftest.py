@@ -203,6 +203,13 @@ def load_golden_model(name: str) -> tuple[ConvTasNetStereo, dict]:
     return model, tensors
 
 
+@functools.cache
+def read_lift() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(signals (2, T) of a lift by the challenge's libraries at 44,100 Hz, facts on them)."""
+    with safe_open(GOLDEN / "lift.safetensors", "numpy") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
 def model_confs(**kinds: st.SearchStrategy) -> st.SearchStrategy:
     """Arguments of small models. `kinds` says at least which are causal, and their norms."""
     sizes = dict(

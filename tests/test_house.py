@@ -22,9 +22,13 @@ FLOORS = (
     ("local.models", "local.musdb18_dataset", "local.keys", "local.config", "local.checkpoint"),
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
-    ("local.system", "local.estimates", "local.raw_stream"),
+    ("local.system", "local.estimates"),
     ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
-    ("local.separate", "local.score", "local.compare", "local.convert", "local.demo_musdb18"),
+    ("local.lift", "local.raw_stream"),
+    (
+        *("local.separate", "local.enhance", "local.score", "local.compare", "local.convert"),
+        "local.demo_musdb18",
+    ),
     ("train", "eval"),
 )
 LIBRARIES = ("torch", "pytorch_lightning", "lightning_fabric", "asteroid")
@@ -174,7 +178,10 @@ SLOW = {"torch", "asteroid", "pytorch_lightning", "museval", "musdb", "matplotli
 COMMANDS = (
     "train.py",
     "eval.py",
-    *(f"local/{name}.py" for name in ("separate", "score", "compare", "stems", "convert")),
+    *(
+        f"local/{name}.py"
+        for name in ("separate", "enhance", "score", "compare", "stems", "convert")
+    ),
 )
 
 
@@ -193,7 +200,7 @@ def test_help_and_a_wrong_flag_answer_before_the_slow_imports(command, flags):
 
 
 @pytest.mark.parametrize(
-    "name", ["separate", "score", "compare", "stems", "convert", "demo_musdb18"]
+    "name", ["separate", "enhance", "score", "compare", "stems", "convert", "demo_musdb18"]
 )
 def test_a_command_runs_as_a_script_from_any_folder(name, tmp_path):
     result = run_python(ROOT / "local" / f"{name}.py", "--version", own_process=True, cwd=tmp_path)

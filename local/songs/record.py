@@ -1,5 +1,6 @@
 """FOLDER/made_from.yml: what made the estimates of a song, by which a later run knows them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -38,6 +39,23 @@ def plan_record(song: Path, settings: dict, float32: bool) -> dict:
 def save_record(folder: Path, record: dict) -> None:
     with atomic_path(folder / NAME) as file:
         file.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+
+
+def is_made(folder: Path, files: Iterable[str], wanted: dict, overwrite: bool) -> bool:
+    """Tell whether all files of a folder are there, and need not be made again.
+
+    Args:
+        wanted: the record that they would have.
+
+    Raises:
+        UserError: they are there, but of another song or by other settings.
+    """
+    if overwrite or not all((folder / file).is_file() for file in files):
+        return False
+    if fault := find_fault(folder, wanted):
+        advice = "--overwrite makes them again, --out writes elsewhere"
+        raise UserError(f"{folder} holds {fault}; {advice}")
+    return True
 
 
 def find_fault(folder: Path, wanted: dict) -> str:
