@@ -30,6 +30,7 @@ from local.tools.command_line import (
     clear_errors,
     raise_together,
 )
+from local.tools.formats import choose_format
 from local.tools.progress import set_progress
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def find_stream_faults(args: Namespace) -> list[str]:
     faults = []
     if args.songs:
         faults.append(f"--stream reads stdin; omit {args.songs[0]}")
+    if args.format or args.float32:
+        faults.append("--stream writes raw float32 samples; omit --format and --float32")
     if args.block is not None and not 0 < args.block <= LONGEST_BLOCK:
         faults.append(f"--block must be above 0 and at most {LONGEST_BLOCK} ms, got {args.block}")
     if args.fast == "no":
@@ -157,14 +160,14 @@ def separate_song(
     from local.songs.record import is_made, plan_record, save_record
     from local.songs.separation import SongSeparation
 
-    targets, record = list_targets(model), plan_record(song, settings, args.float32)
-    if is_made(folder, [f"{name}.wav" for name in targets], record, args.overwrite):
+    targets, form = list_targets(model), choose_format(args)
+    record = plan_record(song, settings, form)
+    if is_made(folder, targets, record, args.overwrite):
         return False
     reader = SongReader(song)
     separation = SongSeparation(model, reader, args, title)
-    form = reader.rate, reader.channels, args.float32
     with writing_to(folder):
-        with EstimateWriter(folder, *form, targets) as writer:
+        with EstimateWriter(folder, reader.rate, reader.channels, form, targets) as writer:
             for estimates in separation.read():
                 writer.write(estimates)
         save_record(folder, record | {"damage": reader.damage or ""})

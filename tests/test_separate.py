@@ -242,10 +242,10 @@ def test_broken_songs_are_reported_and_the_others_separated(flags, tmp_path, cap
 
 def test_loud_estimates_are_clipped_not_wrapped(tmp_path):
     loud = np.array([[2.0, -2.0, 1.0, -1.0, 0.5, 1 / 32768]] * 2)
-    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=False)
+    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, "wav16")
     audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="int16")
     assert audio[:, 0].tolist() == [32767, -32768, 32767, -32768, 16384, 1]
-    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=True)
+    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, "float32")
     audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="float32")
     np.testing.assert_array_equal(audio.T, loud.astype(np.float32))
 

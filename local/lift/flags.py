@@ -8,7 +8,9 @@ from pathlib import Path
 from local.songs.flags import find_device_faults, find_input_faults
 
 QUIETEST = -70.0  # LUFS
-OF_SONGS = "songs alpha consistent lufs clip save_estimates float32 listener metadata".split()
+OF_SONGS = (
+    "songs alpha consistent lufs clip save_estimates format float32 listener metadata".split()
+)
 OF_SCENES = ("music", "split", "part")
 
 

@@ -7,7 +7,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 import yaml
 from torch import nn
@@ -23,9 +22,10 @@ from local.needs import describe_failure
 from local.songs.batch import writing_to
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path, read_yaml
+from local.tools.formats import FORMATS
 from local.tools.progress import report
+from local.tools.sound_writer import SoundWriter
 from local.tools.values import find_changed_setting
-from local.tools.wav import to_16_bits
 
 FOLDER, RECORD = "enhanced_signals", "made_from.yml"
 
@@ -94,14 +94,11 @@ def enhance_segment(
 
 def save(path: Path, remix: np.ndarray, title: str) -> None:
     """Write (2, T) as 16-bit flac, clipped, as the challenge's scorer reads it."""
-    samples, clipped = to_16_bits(remix.T)
-    if clipped:
-        report(f"{title}: {plural(clipped, 'sample')} clipped at full scale in {path.name}")
     with writing_to(path.parent), atomic_path(path) as temporary:
-        try:
-            sf.write(os.fsencode(temporary), samples, RATE, "PCM_16", format="FLAC")
-        except sf.LibsndfileError as error:
-            raise UserError(f"--out: {path} cannot be written: {error.error_string}") from None
+        with SoundWriter(temporary, RATE, len(remix), FORMATS["flac16"]) as file:
+            file.write(remix.T)
+    if file.clipped:
+        report(f"{title}: {plural(file.clipped, 'sample')} clipped at full scale in {path.name}")
 
 
 def keep_record(path: Path, settings: dict, overwrite: bool) -> None:

@@ -18,6 +18,7 @@ from local.songs.read import SongReader
 from local.songs.record import is_made, plan_record, save_record
 from local.songs.separation import SongSeparation
 from local.tools.command_line import UserError
+from local.tools.formats import choose_format
 from local.tools.memory import free_memory
 
 
@@ -45,8 +46,9 @@ def enhance_song(
     """
     names = name_remixes(args.alpha)
     files = [*names, *(TARGETS if args.save_estimates else ())]
-    record = plan_record(song, settings, args.float32)
-    if is_made(folder, [f"{file}.wav" for file in files], record, args.overwrite):
+    form = choose_format(args)
+    record = plan_record(song, settings, form)
+    if is_made(folder, files, record, args.overwrite):
         return False
     reader = SongReader(song)
     if listener and reader.expected:
@@ -55,8 +57,8 @@ def enhance_song(
     if args.lufs is not None:
         mixture.gain = find_gain(measure_song(song), args.lufs, title)
     separation = SongSeparation(model, reader, args, title, mixture.read_blocks())
-    form = title, reader.rate, reader.channels, listener, args.clip
-    remixers = {name: Remixer(a, *form) for name, a in zip(names, args.alpha, strict=True)}
+    how = title, reader.rate, reader.channels, listener, args.clip
+    remixers = {name: Remixer(a, *how) for name, a in zip(names, args.alpha, strict=True)}
     with writing_to(folder), open_spool(args.out, reader) as spool:
         for pair in read_estimates(separation, mixture if args.consistent else None):
             spool.write(*pair)
@@ -66,7 +68,7 @@ def enhance_song(
             for remixer in remixers.values():
                 remixer.level(mixture.loudness)
         channels = 2 if listener else reader.channels
-        with EstimateWriter(folder, reader.rate, channels, args.float32, files) as writer:
+        with EstimateWriter(folder, reader.rate, channels, form, files) as writer:
             for name, remixer in remixers.items():
                 for block in remixer.make(spool):
                     writer.write({name: block})

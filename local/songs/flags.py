@@ -8,6 +8,7 @@ from pathlib import Path
 from local.tools.choices import add_method_flags
 from local.tools.command_line import UserError, suggest_path
 from local.tools.ffmpeg import need_ffmpeg
+from local.tools.formats import add_format_flags, find_format_faults
 from local.tools.progress import add_progress_flags
 
 
@@ -23,7 +24,7 @@ def add_song_flags(parser: ArgumentParser, out: str) -> None:
     )
     add("-o", "--out", type=Path, default=out, help="folder to write to [%(default)s]")
     add("--overwrite", action="store_true", help="make again what is in OUT already")
-    add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")
+    add_format_flags(parser)
     add("-d", "--device", help="cpu, cuda, cuda:1, ... [cuda where torch finds a GPU, else cpu]")
     add_method_flags(parser)
     add_progress_flags(parser)
@@ -36,7 +37,7 @@ def choose_device() -> str:
 
 
 def find_input_faults(args: Namespace) -> list[str]:
-    """Return what is wrong with SONG, --out and ffmpeg, a line each."""
+    """Return what is wrong with SONG, --out, --format and ffmpeg, a line each."""
     exists = {song: os.path.isfile(song) or os.path.isdir(song) for song in args.songs}
     gone = [song for song in args.songs if not exists[song]]
     faults = [f"no such file or folder: {song}{suggest_path(song)}" for song in gone]
@@ -46,7 +47,7 @@ def find_input_faults(args: Namespace) -> list[str]:
         need_ffmpeg()
     except UserError as error:
         faults.append(str(error))
-    return faults
+    return faults + find_format_faults(args)
 
 
 def find_device_faults(device: str) -> list[str]:
