@@ -26,6 +26,7 @@ from conftest import (
     write_song,
     write_track,
 )
+from test_scenes import needs_compressor, write_package
 
 from local.checkpoint import load_model
 from local.eval.results import METRICS
@@ -34,6 +35,7 @@ READMES = {
     path: (ROOT / path).read_text(encoding="utf-8")
     for path in ("README.md", "local/README.md", "tests/README.md")
 }
+HUB_MODEL = dict(N=8, L=20, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
 HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"
 
 
@@ -66,6 +68,8 @@ SMALLER = {
     "python -m local.compare": [],
     "python -m local.score": [],
     "python -m local.separate": [],
+    "python -m local.enhance": [],
+    "python -m local.enhance --scenes": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
     "python tests/benchmark.py stream": ["--seconds", "0.3", "--blocks", "5", *TINY_BENCHMARK[2:]],
     "python tests/benchmark.py train": ["--seconds", "0.1", "--compile", "no", *TINY_BENCHMARK],
@@ -94,8 +98,7 @@ def checkout(tmp_path_factory, experiment) -> Path:
         (folder / "SONGS").mkdir(exist_ok=True)
         write_song(folder / name, seed=number)
     hub = {"NonCausal": load_model(experiment / "best_model.pth")}
-    conf = dict(N=8, L=20, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
-    hub["Causal"] = random_model({**conf, "causal": True, "norm_type": "cLN"})
+    hub["Causal"] = random_model({**HUB_MODEL, "causal": True, "norm_type": "cLN"})
     for kind, model in hub.items():
         repository = folder / "hub" / f"models--{(HUB + kind).replace('/', '--')}"
         model.save_pretrained(repository / "snapshots" / "1")
@@ -115,6 +118,7 @@ def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
 def find_marks(command: str) -> list[pytest.MarkDecorator]:
     # test_benchmark.py measures the same in its own process.
     marks = {"./run.sh": needs_venv, "python tests/benchmark.py": slow}
+    marks["python -m local.enhance --scenes"] = needs_compressor
     return [mark for start, mark in marks.items() if command.startswith(start)]
 
 
@@ -143,6 +147,11 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
         shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
         words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]
+    if kind == "python -m local.enhance --scenes":
+        write_package(tmp_path / "METADATA", tmp_path / "AUDIO")
+        random_model({**HUB_MODEL, "samplerate": 44100}).save_pretrained(tmp_path / "model")
+        words = [str(tmp_path / w) if w in ("METADATA", "AUDIO", "DIR") else w for w in words]
+        words[words.index(str(tmp_path / "exp/best_model.pth"))] = str(tmp_path / "model")
     if kind == "python -m local.score":
         for number, track in enumerate((checkout / "MUSDB18" / "test").iterdir()):
             write_track(tmp_path / "exp" / "OUT" / track.name, seconds=2.3, seed=number)
@@ -198,7 +207,8 @@ def test_the_job_for_slurm_works(checkout, tmp_path):
 
 def test_every_flag_they_name_exists():
     named = set(re.findall(r"`(--\w+)", "".join(READMES.values())))
-    commands = (["train.py"], ["eval.py"], ["-m", "local.separate"], ["-m", "local.compare"])
+    modules = "local.separate", "local.enhance", "local.compare"
+    commands = (["train.py"], ["eval.py"], *(["-m", module] for module in modules))
     helps = [run([sys.executable, *words, "--help"], ROOT).stdout for words in commands]
     helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)
     assert named <= set(re.findall(r"--\w+", " ".join(helps)))

@@ -22,7 +22,8 @@ from local.lift.package import RATE, read_pairs
 from local.lift.remix import mix
 from local.tools.command_line import UserError
 
-pytestmark = pytest.mark.skipif(not find_spec("clarity"), reason="pyClarity is not installed")
+needs_compressor = pytest.mark.skipif(not find_spec("clarity"), reason="pyClarity is not installed")
+pytestmark = needs_compressor
 
 SMALL = dict(N=8, L=8, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
 EAR = {"cr_l": [2] * 6, "gain_l": [5] * 6, "cr_r": [3] * 6, "gain_r": [9] * 6}
@@ -56,14 +57,19 @@ WRITTEN = {
 @pytest.fixture
 def package(tmp_path) -> Path:
     """TMP/metadata and TMP/audio."""
-    (tmp_path / "metadata").mkdir()
+    write_package(tmp_path / "metadata", tmp_path / "audio")
+    return tmp_path
+
+
+def write_package(metadata: Path, audio: Path) -> None:
+    """Write metadata, and the songs that they name."""
+    metadata.mkdir()
     for name, content in FILES.items():
-        (tmp_path / "metadata" / f"{name}.json").write_text(json.dumps(content))
+        (metadata / f"{name}.json").write_text(json.dumps(content))
     for seed, name in enumerate(("one", "two")):
-        song = tmp_path / "audio" / "train" / name
+        song = audio / "train" / name
         song.mkdir(parents=True)
         sf.write(song / "mixture.flac", make_stems(1.0, RATE, seed)["mixture"], RATE)
-    return tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ BANDS = dict(
 )
 LUFS = -40.0  # of the music that the gains are meant for
 PARAMETERS = ("cr_l", "gain_l", "cr_r", "gain_r")
-BYTES = 400  # that pyClarity takes for a sample of an ear (measured)
+BYTES = 200  # that it takes for a sample of a song (176 with pyClarity 0.9.0)
 
 
 class Ear(NamedTuple):

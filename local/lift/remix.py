@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FULL_SCALE = 1 - 2**-15  # the greatest sample of 16 bits
+
 
 def mix(vocals: np.ndarray, accompaniment: np.ndarray, alpha: float) -> np.ndarray:
     """The remix of the Second Cadenza Challenge: at 0 both as they are, at 1 the vocals alone,
@@ -21,4 +23,5 @@ def to_gain(decibels: float) -> float:
 
 
 def find_peak(samples: np.ndarray) -> float:
-    return float(np.abs(samples).max(initial=0.0))
+    """The greatest sample, relative to full scale: -1 to FULL_SCALE."""
+    return float(max(samples.max(initial=0.0) / FULL_SCALE, -samples.min(initial=0.0)))

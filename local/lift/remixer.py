@@ -8,11 +8,11 @@ import numpy as np
 from local.lift.listener import Listener
 from local.lift.loudness import LoudnessMeter
 from local.lift.mixture import find_gain
-from local.lift.remix import find_peak, mix
+from local.lift.remix import FULL_SCALE, find_peak, mix
 from local.lift.spool import Spool
 from local.tools.progress import report
 
-FULL_SCALE = 1 - 2**-15  # the greatest sample of 16 bits
+LEAST_SAID = 0.01  # dB
 
 
 class Remixer:
@@ -56,10 +56,10 @@ class Remixer:
             whole = np.concatenate(list(blocks), axis=-1)
             blocks = [self._listener.compress(whole, self._rate)]
             peak = find_peak(blocks[0])
-        excess = max(1.0, peak / FULL_SCALE)
-        if excess > 1:
-            decibels = f"{20 * math.log10(excess):.1f} dB"
-            done = f"clipped, by up to {decibels}" if self._clip else f"turned down by {decibels}"
-            report(f"{self._title}: {done}, to full scale")
+        excess = max(1.0, peak)
+        decibels = 20 * math.log10(excess)
+        if decibels >= LEAST_SAID:
+            done = "clipped, by up to" if self._clip else "turned down by"
+            report(f"{self._title}: {done} {decibels:.2f} dB, to full scale")
         for block in blocks:
             yield block.clip(-1, FULL_SCALE) if self._clip else block / excess
