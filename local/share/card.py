@@ -1,0 +1,97 @@
+"""The model card: README.md of a published folder, with its front matter for the hub."""
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from local.eval.score_files import METRICS
+from local.share.facts import Facts
+from local.share.licence import describe_licence, licence_fields
+from local.share.results import describe_scores
+from local.share.scores import Scores
+from local.share.training import describe_training
+from local.share.usage import describe_limits, describe_model, describe_use, describe_way
+
+TAGS = ["audio", "audio-to-audio", "music-source-separation", "conv-tasnet"]
+MIXIN_TAGS = ["model_hub_mixin", "pytorch_model_hub_mixin"]
+CITATIONS = """\
+- This recipe, "Stereo ConvTasNet for lyrics: an installable CAD2 recipe", version {version}, commit
+  {commit}.
+- The model: Y. Luo and N. Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking
+  for Speech Separation", IEEE/ACM TASLP 27(8), 2019. Its stereo form: A. Défossez et al., "Music
+  Source Separation in the Waveform Domain", 2019, and the recipe of the Cadenza project (pyClarity)
+  for the [Second Cadenza Challenge](https://cadenzachallenge.org/docs/cadenza2/intro).
+- Training: M. Pariente et al., "Asteroid: the PyTorch-based audio source separation toolkit for
+  researchers", Interspeech 2020.
+"""
+OF_MUSDB18 = """\
+- The data: Z. Rafii et al., "The MUSDB18 corpus for music separation", 2017,
+  [doi:10.5281/zenodo.1117372](https://doi.org/10.5281/zenodo.1117372).
+"""
+OF_SCORES = """\
+- The scores: F.-R. Stöter, A. Liutkus and N. Ito, "The 2018 Signal Separation Evaluation Campaign",
+  LVA/ICA 2018.
+"""
+
+
+def make_card(facts: Facts, scores: Scores | None, place: str, is_repo: bool) -> ModelCard:
+    """Return the card of a model.
+
+    Args:
+        place: the repository that it is uploaded to, or the name of the folder.
+    """
+    data = make_card_data(facts, scores, place.rpartition("/")[2])
+    sections = {
+        "How to use it": describe_use(facts, place, is_repo),
+        "How it was trained": describe_training(facts),
+        "Scores": describe_scores(facts, scores),
+        "Intended use and limits": describe_limits(facts),
+        "Licence": describe_licence(facts),
+        "How to cite": cite(facts, scores),
+    }
+    text = "\n\n".join(f"## {title}\n\n{body.strip()}" for title, body in sections.items())
+    title = f"# {describe_model(facts)}"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{describe_way(facts)}\n\n{text}\n")
+
+
+def make_card_data(facts: Facts, scores: Scores | None, name: str) -> ModelCardData:
+    """Return the front matter; `name` is that of the model in its model-index."""
+    results = list_results(scores) if scores else []
+    return ModelCardData(
+        pipeline_tag="audio-to-audio",
+        tags=[*TAGS, *MIXIN_TAGS],
+        base_model=facts.base_hub_name or None,
+        # Without results the hub takes the name of the repository.
+        **({"model_name": name, "eval_results": results} if results else {}),
+        **licence_fields(facts),
+    )
+
+
+def list_results(scores: Scores) -> list[EvalResult]:
+    """Return the median over tracks of each target and metric; none where there is no score."""
+    targets = dict.fromkeys(target for track in scores.tracks for target in track.targets)
+    values = {
+        (target, metric): scores.metrics[f"{target}_{metric}_median"]
+        for target in targets
+        for metric in METRICS
+    }
+    return [
+        EvalResult(
+            task_type="audio-to-audio",
+            task_name="music source separation",
+            dataset_type=scores.dataset.lower().replace(" ", "-"),
+            dataset_name=scores.dataset,
+            metric_type=metric.lower(),
+            metric_name=f"{metric} of {target} in dB, median over tracks of medians over frames",
+            metric_value=round(value, 3),
+        )
+        for (target, metric), value in values.items()
+        if value is not None
+    ]
+
+
+def cite(facts: Facts, scores: Scores | None) -> str:
+    """Return the work that the model stands on."""
+    text = CITATIONS.format(
+        version=facts.infos.get("software_versions", {}).get("recipe", "unknown"),
+        commit=facts.infos.get("commit", "unknown"),
+    )
+    return text + OF_MUSDB18 * bool(facts.licences) + OF_SCORES * bool(scores)
