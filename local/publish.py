@@ -57,7 +57,7 @@ def publish(exp_dir: Path, eval_dir: Path | None, out: Path, repo: str | None = 
     raise_together(faults + (find_repo_faults(repo) if repo is not None else []))
     facts = read_facts(exp_dir)
     scores = find_scores(exp_dir, eval_dir, facts.sha256)
-    card = make_card(facts, scores, repo or out.resolve().name, is_repo=repo is not None)
+    card = make_card(facts, scores, out.resolve().name, repo)
     model_file = save_for_asteroid(facts, scores)
     names = write_folder(out, facts, card)
     print(f"{out}: model card, weights and code, for the hub and --checkpoint")

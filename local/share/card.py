@@ -2,23 +2,26 @@
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from local.eval.results import list_targets
 from local.eval.score_files import METRICS
 from local.share.facts import Facts
 from local.share.licence import describe_licence, licence_fields
-from local.share.results import describe_scores
+from local.share.results import count_seen, describe_scores
 from local.share.scores import Scores
 from local.share.training import describe_training
 from local.share.usage import describe_limits, describe_model, describe_use, describe_way
+from local.train.origin import MUSDB18
 
 TAGS = ["audio", "audio-to-audio", "music-source-separation", "conv-tasnet"]
 MIXIN_TAGS = ["model_hub_mixin", "pytorch_model_hub_mixin"]
 CITATIONS = """\
-- This recipe, "Stereo ConvTasNet for lyrics: an installable CAD2 recipe", version {version}, commit
-  {commit}.
-- The model: Y. Luo and N. Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking
-  for Speech Separation", IEEE/ACM TASLP 27(8), 2019. Its stereo form: A. Défossez et al., "Music
-  Source Separation in the Waveform Domain", 2019, and the recipe of the Cadenza project (pyClarity)
-  for the [Second Cadenza Challenge](https://cadenzachallenge.org/docs/cadenza2/intro).
+- This recipe, "Stereo ConvTasNet for lyrics: an installable CAD2 recipe", version {version},
+  commit {commit}.
+- The model: Y. Luo and N. Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude
+  Masking for Speech Separation", IEEE/ACM TASLP 27(8), 2019. Its stereo form: A. Défossez et al.,
+  "Music Source Separation in the Waveform Domain", 2019, and the recipe of the Cadenza project
+  (pyClarity) for the
+  [Second Cadenza Challenge](https://cadenzachallenge.org/docs/cadenza2/intro).
 - Training: M. Pariente et al., "Asteroid: the PyTorch-based audio source separation toolkit for
   researchers", Interspeech 2020.
 """
@@ -32,15 +35,17 @@ OF_SCORES = """\
 """
 
 
-def make_card(facts: Facts, scores: Scores | None, place: str, is_repo: bool) -> ModelCard:
+def make_card(facts: Facts, scores: Scores | None, folder: str, repo: str | None) -> ModelCard:
     """Return the card of a model.
 
     Args:
-        place: the repository that it is uploaded to, or the name of the folder.
+        folder: the name of the published folder.
+        repo: that it is uploaded to, USER/NAME.
     """
-    data = make_card_data(facts, scores, place.rpartition("/")[2])
+    name = repo.partition("/")[2] if repo else facts.exp_dir.resolve().name
+    data = make_card_data(facts, scores, name)
     sections = {
-        "How to use it": describe_use(facts, place, is_repo),
+        "How to use it": describe_use(facts, folder, repo),
         "How it was trained": describe_training(facts),
         "Scores": describe_scores(facts, scores),
         "Intended use and limits": describe_limits(facts),
@@ -54,7 +59,7 @@ def make_card(facts: Facts, scores: Scores | None, place: str, is_repo: bool) ->
 
 def make_card_data(facts: Facts, scores: Scores | None, name: str) -> ModelCardData:
     """Return the front matter; `name` is that of the model in its model-index."""
-    results = list_results(scores) if scores else []
+    results = list_results(facts, scores) if scores else []
     return ModelCardData(
         pipeline_tag="audio-to-audio",
         tags=[*TAGS, *MIXIN_TAGS],
@@ -65,23 +70,26 @@ def make_card_data(facts: Facts, scores: Scores | None, name: str) -> ModelCardD
     )
 
 
-def list_results(scores: Scores) -> list[EvalResult]:
+def list_results(facts: Facts, scores: Scores) -> list[EvalResult]:
     """Return the median over tracks of each target and metric; none where there is no score."""
-    targets = dict.fromkeys(target for track in scores.tracks for target in track.targets)
+    medians = scores.metrics
     values = {
-        (target, metric): scores.metrics[f"{target}_{metric}_median"]
-        for target in targets
+        (target, metric): medians[f"{target}_{metric}_median"]
+        for target in list_targets(scores.tracks)
         for metric in METRICS
     }
+    is_unseen = not count_seen(facts, scores)
     return [
         EvalResult(
             task_type="audio-to-audio",
             task_name="music source separation",
-            dataset_type=scores.dataset.lower().replace(" ", "-"),
+            dataset_type="musdb18" if scores.dataset == MUSDB18 else "other",
             dataset_name=scores.dataset,
+            dataset_split="test" if is_unseen else None,
             metric_type=metric.lower(),
             metric_name=f"{metric} of {target} in dB, median over tracks of medians over frames",
             metric_value=round(value, 3),
+            metric_args={"method": scores.method},
         )
         for (target, metric), value in values.items()
         if value is not None

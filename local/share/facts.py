@@ -13,6 +13,7 @@ from local.tools.command_line import UserError, suggest_path
 from local.tools.files import sha256
 from local.tools.weights import HUB_NAME, load_checkpoint
 from local.tracks.roots import list_roots
+from local.train.origin import DEMO_DATASET
 
 BEST = "best_model.pth"
 
@@ -44,6 +45,11 @@ class Facts(NamedTuple):
     @property
     def dataset(self) -> str:
         return str(self.content.get("dataset", "unknown"))
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether all of the data were made by local.demo_musdb18."""
+        return self.dataset == DEMO_DATASET
 
     @property
     def base_hub_name(self) -> str:

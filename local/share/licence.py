@@ -1,4 +1,4 @@
-"""The licence of published weights: that of their data, and of the weights they were started from."""
+"""The licence of published weights: that of their data, and of the weights they started from."""
 
 import re
 
@@ -10,8 +10,8 @@ UNKNOWN = (
     " before you use it."
 )
 DEMO = (
-    "The training data are {dataset}, made by code under the MIT licence. No licence of these weights"
-    " is recorded."
+    "The training data are {dataset}, made by code under the MIT licence. No licence of these"
+    " weights is recorded."
 )
 
 
@@ -31,14 +31,12 @@ def licence_fields(facts: Facts) -> dict[str, str]:
 def describe_licence(facts: Facts) -> str:
     """Return the section of the card."""
     parts = [
-        f"[{terms['title']}]({terms['title_link']}) (by {terms['author']}) is for"
-        f" {terms['license'].replace(' only', '')} only. These weights were trained on it, and are"
-        f" for {terms['license'].replace(' only', '')} only, too."
+        f"[{terms['title']}]({terms['title_link']}), by {terms['author']}:"
+        f" **{terms['license']}**. These weights were trained on it, and the same holds for them."
         for terms in facts.licences
     ]
     if not parts:
-        is_demo = "demo_musdb18" in facts.dataset
-        parts.append((DEMO if is_demo else UNKNOWN).format(dataset=escape(facts.dataset)))
+        parts.append((DEMO if facts.is_demo else UNKNOWN).format(dataset=escape(facts.dataset)))
     if "base_model" in facts.infos:
         parts.append(
             "They were started from the weights of the base model above, whose terms carry over to"

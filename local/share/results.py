@@ -23,9 +23,9 @@ def describe_scores(facts: Facts, scores: Scores | None) -> str:
         return NONE
     targets = list_targets(scores.tracks)
     parts = [
-        "BSSEval v4 (museval's numbers) in dB, frames of 1 s. A track counts with the median over its"
-        " frames; frames in which a source is silent have no score (NaN). *Mixture* is the SDR of the"
-        " untouched mixture as the estimate.",
+        "BSSEval v4 (museval's numbers) in dB, in frames of 1 s. A track counts with the median"
+        " over its frames; frames in which a source is silent have no score (NaN). *Mixture* is the"
+        " SDR of the untouched mixture as the estimate.",
         f"Test tracks: {scores.dataset}. {_describe_method(scores)}",
         *_find_warnings(facts, scores),
         "**Medians over tracks**",
@@ -42,27 +42,33 @@ def _describe_method(scores: Scores) -> str:
     note = f" Its products were in {precision}." if precision != "float32" else ""
     if scores.method in FULL:
         return (
-            "Whole tracks went through the model at once (`eval.py --method"
-            f" {scores.method}`), as for {PUBLISHED_CARDS}: on tracks of MUSDB18's test set the"
-            f" numbers compare.{note}"
+            f"Whole tracks went through the model at once (`eval.py --method {scores.method}`), as"
+            f" for {PUBLISHED_CARDS}: the numbers of tracks that both have compare.{note}"
         )
     return (
-        f"Tracks were separated in windows by `eval.py --method {scores.method}`, segments of"
-        f" {made_with['segment']} s with {made_with['overlap']} s of overlap, as in the baseline of the"
-        f" Second Cadenza Challenge. {PUBLISHED_CARDS[0].upper()}{PUBLISHED_CARDS[1:]} are of whole"
-        f" tracks at once, so they do not compare with these.{note}"
+        f"Tracks were separated in windows (`eval.py --method {scores.method} --segment"
+        f" {made_with['segment']} --overlap {made_with['overlap']}`), as the baseline of the Second"
+        f" Cadenza Challenge does. They do not compare with {PUBLISHED_CARDS}, which are of whole"
+        f" tracks at once.{note}"
     )
 
 
 def _find_warnings(facts: Facts, scores: Scores) -> list[str]:
     """Return what makes the scores better or other than those of a user, a paragraph each."""
-    names, found = {track.name for track in scores.tracks}, []
-    for kind, verb in (("training_tracks", "trained"), ("validation_tracks", "validated")):
-        if seen := names & set(facts.infos.get(kind, ())):
-            found.append(f"**The model was {verb} on {len(seen)} of these {len(names)} tracks.**")
+    found = []
+    if seen := count_seen(facts, scores):
+        of_all = f"{seen} of these {plural(len(scores.tracks), 'track')}"
+        found.append(f"**The model was trained or validated on {of_all}.**")
     if has_other_code(facts.model, scores.made_with.get("model_code")):
         found.append("The model's code in `local/` is not that with which the scores were made.")
     return found
+
+
+def count_seen(facts: Facts, scores: Scores) -> int:
+    """Return how many of the scored tracks the model was trained or validated on."""
+    kinds = ("training_tracks", "validation_tracks")
+    seen = {name for kind in kinds for name in facts.infos.get(kind, ())}
+    return len(seen & {track.name for track in scores.tracks})
 
 
 def _heading() -> list[str]:

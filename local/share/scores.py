@@ -44,7 +44,7 @@ class Scores(NamedTuple):
         others = len(self.tracks) - known
         if known and others:
             return f"{plural(known, 'track')} of MUSDB18 and {plural(others, 'other')}"
-        return "MUSDB18" if known else "tracks of the publisher"
+        return "MUSDB18" if known else "own tracks"
 
 
 def find_scores(exp_dir: Path, name: Path | None, checkpoint: str) -> Scores | None:

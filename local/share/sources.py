@@ -52,10 +52,9 @@ def _list_imported(path: Path) -> list[Path]:
     for name in names:
         module = ROOT.joinpath(*name.split("."))
         files += [module.with_suffix(".py"), module / "__init__.py"]
-    packages = {
-        folder / "__init__.py" for file in files if file.is_file() for folder in file.parents
-    }
-    return [file for file in (*files, *packages) if file.is_file() and file.is_relative_to(ROOT)]
+    files = [file for file in files if file.is_relative_to(ROOT) and file.is_file()]
+    packages = {folder / "__init__.py" for file in files for folder in file.parents}
+    return files + [file for file in packages if file.is_relative_to(ROOT) and file.is_file()]
 
 
 def has_other_code(model: nn.Module, digest: str | None) -> bool:

@@ -28,7 +28,7 @@ def describe_training(facts: Facts) -> str:
         "optimizer": _describe_optimizer(conf),
         "batches": _describe_batches(conf["training"]),
         "length": _describe_length(infos, conf["training"]),
-        "seed": f"{conf['training']['seed']}",
+        "seed": str(conf["training"]["seed"]),
         "precision": conf["training"]["precision"],
         "started from": _describe_base(facts, conf["training"]),
         "versions": _describe_versions(infos.get("software_versions", {})),
@@ -85,14 +85,11 @@ def _describe_length(infos: dict, training: dict) -> str:
     """The epoch that the weights are from; epochs are counted from 0 in the files of a run."""
     limits = [f"{training['epochs']} epochs at most"] if training["epochs"] > 0 else []
     if training["early_stop"]:
-        limits.append(f"until {training['patience']} epochs were no better")
-    text = "; ".join(limits) or "until it was stopped"
-    if "epoch" not in infos:
-        return text
-    best = f"best after {plural(infos['epoch'] + 1, 'epoch')}"
-    return (
-        f"{text}; these weights are the {best}, with a validation loss of {infos['val_loss']:.5f}"
-    )
+        limits.append(f"or until {training['patience']} in a row were no better")
+    text = ", ".join(limits) or "until it was stopped"
+    end = plural(infos["epoch"] + 1, "epoch")
+    loss = f"the best validation loss: {infos['val_loss']:.5f}"
+    return f"{text}; these weights are those after {end}, with {loss}"
 
 
 def _describe_base(facts: Facts, training: dict) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import constants, create_repo, get_token, upload_folder
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from local.share.folder import CARD
@@ -44,7 +44,7 @@ def upload(folder: Path, names: list[str], repo: str) -> str:
     Raises:
         UserError: the hub cannot be reached, or refuses.
     """
-    kept = f"nothing was changed there, and {folder} is complete; the same command tries again"
+    kept = f"{folder} is complete, and the same command tries again"
     try:
         address = create_repo(repo, exist_ok=True)
         upload_folder(

@@ -14,6 +14,7 @@ from local.tracks.track import Place
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
+DEMO_DATASET = "synthetic songs of local.demo_musdb18"
 NAMES = Path(__file__).with_name("musdb18_names.txt")  # of the 150 tracks of both splits
 MUSDB18_LICENSE = {
     "title": MUSDB18,
@@ -62,7 +63,7 @@ def name_dataset(roots: list[Path], places: list[Place]) -> str:
     among others, whatever a file system does to accents and capitals.
     """
     if all(map(_is_demo, roots)):
-        return "synthetic songs of local.demo_musdb18"
+        return DEMO_DATASET
     others = [place for place in places if _is_demo(place.root) or not is_musdb18(place.own_name)]
     tracks = f"tracks of {', '.join(map(str, roots))}"
     if len(others) == len(places):
