@@ -28,6 +28,7 @@ class Facts(NamedTuple):
         sha256: of best_model.pth.
         content: of best_model.pth, with the names of files and folders in place of their paths.
         licences: of the data, and of the data of the models that it was started from.
+        base_hub_name: the repository whose weights it was started from; "" for others, or none.
     """
 
     exp_dir: Path
@@ -36,6 +37,7 @@ class Facts(NamedTuple):
     sha256: str
     content: dict
     licences: list[dict]
+    base_hub_name: str
 
     @property
     def infos(self) -> dict:
@@ -50,12 +52,6 @@ class Facts(NamedTuple):
     def is_demo(self) -> bool:
         """Whether all of the data were made by local.demo_musdb18."""
         return self.dataset == DEMO_DATASET
-
-    @property
-    def base_hub_name(self) -> str:
-        """The repository that the weights were started from; "" if there is none."""
-        source = str(self.infos.get("base_model", {}).get("source", ""))
-        return source if HUB_NAME.fullmatch(source) else ""
 
 
 def read_facts(exp_dir: Path) -> Facts:
@@ -78,9 +74,15 @@ def read_facts(exp_dir: Path) -> Facts:
     if not isinstance(content.get("infos"), dict):
         content["infos"] = {}
     content |= {"model_name": loaded.name, "model_args": loaded.arguments}
-    licences = list_licences(content)
+    source = str(content["infos"].get("base_model", {}).get("source", ""))  # a path is absolute
     return Facts(
-        exp_dir, loaded.model, loaded.arguments, sha256(path), hide_folders(content), licences
+        exp_dir=exp_dir,
+        model=loaded.model,
+        arguments=loaded.arguments,
+        sha256=sha256(path),
+        content=hide_folders(content),
+        licences=list_licences(content),
+        base_hub_name=source if HUB_NAME.fullmatch(source) else "",
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import constants, create_repo, get_token, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from local.share.folder import CARD
@@ -44,7 +44,6 @@ def upload(folder: Path, names: list[str], repo: str) -> str:
     Raises:
         UserError: the hub cannot be reached, or refuses.
     """
-    kept = f"{folder} is complete, and the same command tries again"
     try:
         address = create_repo(repo, exist_ok=True)
         upload_folder(
@@ -53,10 +52,9 @@ def upload(folder: Path, names: list[str], repo: str) -> str:
             allow_patterns=names,
             commit_message=f"{CARD}, weights and code by local.publish",
         )
-    except HfHubHTTPError as error:
-        raise UserError(f"--repo: the hub refuses {repo}: {brief(error)}; {kept}") from None
     except Exception as error:  # of several kinds, of the hub's client and those below it
         raise UserError(
-            f"--repo: the hub cannot be reached at {constants.ENDPOINT}: {brief(error)}; {kept}"
+            f"--repo: the upload to {constants.ENDPOINT}/{repo} failed: {brief(error)}; {folder} is"
+            " complete, and the same command tries again"
         ) from None
     return str(address)
