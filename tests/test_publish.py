@@ -19,7 +19,8 @@ from local.eval.results import write_results
 from local.eval.score_files import load_track, make_track_store, save_track
 from local.models import MODELS
 from local.publish import main
-from local.share import upload
+from local.share import sources, upload
+from local.share.sources import list_sources
 from local.tasnet import ConvTasNetStereo
 from local.tools.files import sha256
 from local.tools.weights import load_checkpoint
@@ -348,6 +349,26 @@ def test_a_base_model_of_the_hub_is_linked(tmp_path):
     assert f"[{hub}](https://huggingface.co/{hub})" in read_card(folder)
 
 
+def test_a_model_of_ones_own_brings_its_code(tmp_path, monkeypatch):
+    package = tmp_path / "checkout" / "local"
+    for name in ("__init__", "tools/__init__", "tools/one", "tools/two", "tools/three", "net"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("")
+    (package / "net.py").write_text("import torch\nfrom local.tools.one import a\n")
+    (package / "tools" / "one.py").write_text(
+        "from local.tools import two\ndef later():\n    from local.tools import three\n"
+    )
+    monkeypatch.setattr(sources, "PACKAGE", package)
+    monkeypatch.setattr(sources, "ROOT", package.parent)
+    found = {path.relative_to(package).as_posix() for path in list_sources(package / "net.py")}
+    assert found == {
+        "net.py",
+        "__init__.py",
+        *(f"tools/{n}.py" for n in ("__init__", "one", "two")),
+    }
+    assert list_sources(torch.__file__) == set()  # what others install
+
+
 def test_a_model_of_four_stems(tmp_path):
     run = make_run(tmp_path / "run", conf={"C": 4})
     folder = publish(run)
@@ -361,6 +382,17 @@ def test_a_file_that_records_nothing_is_published_as_such(tmp_path):
     torch.save(kept, run / "best_model.pth")
     card = read_card(publish(run))
     assert "does not record" in card and sha256(run / "best_model.pth") in card
+
+
+def test_what_an_earlier_version_did_not_record_is_unknown(tmp_path):
+    run = make_run(tmp_path / "run")
+    content = load_checkpoint(run / "best_model.pth")
+    for key in ("hours", "validation_tracks", "epoch"):
+        del content["infos"][key]
+    del content["infos"]["configuration"]["training"]["ema"]
+    torch.save(content, run / "best_model.pth")
+    card = read_card(publish(run))
+    assert "| training tracks | 3 tracks |" in card and "| validation tracks | unknown |" in card
 
 
 # For asteroid

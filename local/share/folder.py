@@ -39,7 +39,10 @@ def find_folder_fault(out: Path) -> str:
         return f"--out: {out} holds {others[0]}, which local.publish has not written; {remedy}"
     edited = [name for name in sorted(found & listed.keys()) if sha256(out / name) != listed[name]]
     if edited:
-        return f"--out: {out / edited[0]} was edited since it was published; {remedy}"
+        return (
+            f"--out: {out / edited[0]} was edited since it was published; share it as it is by"
+            f" `hf upload USER/NAME {out}`, or {remedy}"
+        )
     return ""
 
 

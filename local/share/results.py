@@ -24,8 +24,8 @@ def describe_scores(facts: Facts, scores: Scores | None) -> str:
     targets = list_targets(scores.tracks)
     parts = [
         "BSSEval v4 (museval's numbers) in dB, in frames of 1 s. A track counts with the median"
-        " over its frames; frames in which a source is silent have no score (NaN). *Mixture* is the"
-        " SDR of the untouched mixture as the estimate.",
+        " over its frames; frames in which a source is silent have no score (NaN). *Mixture SDR* is"
+        " that of the untouched mixture as the estimate.",
         f"Test tracks: {scores.dataset}. {_describe_method(scores)}",
         *_find_warnings(facts, scores),
         "**Medians over tracks**",
@@ -72,7 +72,7 @@ def count_seen(facts: Facts, scores: Scores) -> int:
 
 
 def _heading() -> list[str]:
-    return ["SDR", "mixture", *METRICS[1:], "NaN frames"]
+    return ["SDR", "mixture SDR", *METRICS[1:], "NaN frames"]
 
 
 def _summary(scores: Scores, target: str) -> list[str]:

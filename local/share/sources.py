@@ -9,52 +9,42 @@ from torch import nn
 
 from local.tools.files import sha256
 
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
 LICENCE = ROOT / "LICENSE"
 
 
-def copy_sources(model: nn.Module, folder: Path) -> list[str]:
-    """Copy the module of a model, and what it imports of this project, with the licence.
-
-    Returns:
-        the names of the copies, relative to `folder`.
-    """
-    names = {file.relative_to(ROOT) for file in list_sources(inspect.getfile(type(model)))}
-    for name in names:
+def copy_sources(model: nn.Module, folder: Path) -> None:
+    """Copy the module of a model, and what it imports of this project, with the licence."""
+    copies = {file.relative_to(ROOT): file for file in list_sources(inspect.getfile(type(model)))}
+    copies[Path(PACKAGE.name) / LICENCE.name] = LICENCE
+    for name, file in copies.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / name)
-    package = Path("local")
-    shutil.copyfile(LICENCE, folder / package / LICENCE.name)
-    return sorted(map(str, {*names, package / LICENCE.name}))
+        shutil.copyfile(file, folder / name)
 
 
 def list_sources(file: str | Path) -> set[Path]:
-    """Return a source file and those of this project that are imported with it."""
+    """Return a source file of local/, and those that are imported with it."""
     found, waiting = set(), [Path(file).resolve()]
     while waiting:
-        if (path := waiting.pop()) not in found:
+        path = waiting.pop()
+        if path not in found and path.is_relative_to(PACKAGE) and path.is_file():
             found.add(path)
+            waiting += [folder / "__init__.py" for folder in path.parents]
             waiting += _list_imported(path)
     return found
 
 
 def _list_imported(path: Path) -> list[Path]:
-    """Return the files of this project that a file imports when it is imported itself: those named
-    outside its functions, and the packages that they are in.
-    """
+    """Return the files that modules may have which a file imports outside its functions."""
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             names |= {name.name for name in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
-    files = [path]
-    for name in names:
-        module = ROOT.joinpath(*name.split("."))
-        files += [module.with_suffix(".py"), module / "__init__.py"]
-    files = [file for file in files if file.is_relative_to(ROOT) and file.is_file()]
-    packages = {folder / "__init__.py" for file in files for folder in file.parents}
-    return files + [file for file in packages if file.is_relative_to(ROOT) and file.is_file()]
+    modules = [ROOT.joinpath(*name.split(".")) for name in names]
+    return [file for module in modules for file in (Path(f"{module}.py"), module / "__init__.py")]
 
 
 def has_other_code(model: nn.Module, digest: str | None) -> bool:

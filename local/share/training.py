@@ -20,6 +20,7 @@ def describe_training(facts: Facts) -> str:
         return UNRECORDED.format(sha256=facts.sha256)
     conf = add_defaults(infos["configuration"])
     rows = {
+        "model": ", ".join(f"{key} {value}" for key, value in facts.arguments.items()),
         "data": escape(facts.dataset),
         "training tracks": _describe_tracks(infos, "training_tracks"),
         "validation tracks": _describe_tracks(infos, "validation_tracks"),
@@ -35,12 +36,15 @@ def describe_training(facts: Facts) -> str:
         "commit of the recipe": escape(str(infos.get("commit", "unknown"))),
         "SHA-256 of best\\_model.pth": f"`{facts.sha256}`",
     }
-    return table([["", ""], *map(list, rows.items())], left=2)
+    return table([["setting", "value"], *map(list, rows.items())], left=2)
 
 
 def _describe_tracks(infos: dict, kind: str) -> str:
-    text = plural(len(infos.get(kind, ())), "track")
-    hours = infos.get("hours", {}).get(kind)  # files of earlier versions have none
+    """Their number and duration; files of earlier versions lack the second, or both."""
+    if kind not in infos:
+        return "unknown"
+    text = plural(len(infos[kind]), "track")
+    hours = infos.get("hours", {}).get(kind)
     if hours is None:
         return text
     return f"{text}, {hours:.1f} h" if hours >= 1 else f"{text}, {60 * hours:.1f} min"
@@ -87,6 +91,8 @@ def _describe_length(infos: dict, training: dict) -> str:
     if training["early_stop"]:
         limits.append(f"or until {training['patience']} in a row were no better")
     text = ", ".join(limits) or "until it was stopped"
+    if "epoch" not in infos:
+        return text
     end = plural(infos["epoch"] + 1, "epoch")
     loss = f"the best validation loss: {infos['val_loss']:.5f}"
     return f"{text}; these weights are those after {end}, with {loss}"

@@ -15,7 +15,7 @@ import sys
 
 import torch
 {fetch}
-sys.path.insert(0, folder)
+sys.path.insert(0, folder)  # for its folder local
 from {module} import {name}
 
 model = {name}.from_pretrained(folder)
@@ -24,7 +24,7 @@ with torch.inference_mode():
     {sources} = model(mixture)[0]  # (channels, samples) each
 ```
 
-With the recipe, which separates files of any format, length and sampling rate in bounded memory:
+In the recipe's repository, for files of any format, length and sampling rate, in bounded memory:
 
 ```bash
 python -m local.separate SONG.mp3 --checkpoint {place}
@@ -46,9 +46,9 @@ LIMITS = """\
 - The estimates need not add up to the mixture, and have artefacts where sources overlap in time and
   frequency.
 - {context}
-- It was trained on {dataset}, and may do worse on music that is unlike it.{demo}
+- It was trained on {dataset}, and may do worse on music that is unlike it.
 """
-DEMO = " **It shows that the recipe works; for real music, train on real music.**"
+DEMO = "**It was trained on synthetic songs, to show that the recipe works; expect little of it.**"
 GLN = (
     "Its norm (gLN) is taken over the whole input, so the same second is separated a little"
     " differently in a window than in the whole song."
@@ -67,14 +67,16 @@ def describe_way(facts: Facts) -> str:
     """Return the first paragraph: what the model separates, and how."""
     model = facts.model
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    first = (
+    sentences = [
         f"Separates stereo music at {model.samplerate:,} Hz into {_join(list_sources(facts))}, so"
         f" that the lyrics can be lifted. It has {millions:.2f} million parameters."
-    )
-    if not isinstance(model, ConvTasNetStereo):
-        return first
-    norm = "no norm" if model.norm_type == "id" else model.norm_type
-    return f"{first} It is a Conv-TasNet with {norm}, {_describe_delay(model)}."
+    ]
+    if isinstance(model, ConvTasNetStereo):
+        norm = "no norm" if model.norm_type == "id" else model.norm_type
+        sentences.append(f"It is a Conv-TasNet with {norm}, {_describe_delay(model)}.")
+    if facts.is_demo:
+        sentences.append(DEMO)
+    return " ".join(sentences)
 
 
 def _describe_delay(model: ConvTasNetStereo) -> str:
@@ -119,7 +121,6 @@ def describe_limits(facts: Facts) -> str:
         sources=_describe_sources(facts),
         context=f"{GLN} " * has_gln + "The memory that it takes grows with the input.",
         dataset=escape(facts.dataset),
-        demo=DEMO * facts.is_demo,
     )
 
 
