@@ -199,6 +199,15 @@ def test_another_folder_is_never_replaced(run, capsys):
     assert "file" in fail(capsys, run, "--out", run / "file")
 
 
+def test_what_a_killed_run_has_left_is_put_back(run, capsys):
+    folder = publish(run)
+    before = list_files(folder)
+    old = folder.rename(run / ".published.old.tmp")
+    (run / ".published.tmp").mkdir()
+    assert list_files(publish(run)) == before
+    assert not old.exists() and not (run / ".published.tmp").exists()
+
+
 def test_an_empty_folder_is_filled(run, tmp_path):
     (tmp_path / "empty").mkdir()
     publish(run, "--out", tmp_path / "empty")

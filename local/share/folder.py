@@ -65,21 +65,27 @@ def write_folder(out: Path, facts: Facts, card: ModelCard) -> list[str]:
         UserError: it cannot be written; what was there before is there still.
     """
     out = out.resolve()
-    old = out.with_name(f".{out.name}.old.tmp")
+    old = out.with_name(f".{out.name}.old.tmp")  # a folder cannot be renamed to one with files
     try:
+        _settle(old, out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
         with atomic_path(out) as new:
             names = _fill(new, facts, card)
-            if out.is_dir():  # a folder cannot be renamed to one that holds files
+            if out.is_dir():
                 os.replace(out, old)
     except (OSError, SafetensorError) as error:
-        if old.is_dir() and not out.is_dir():
-            os.replace(old, out)
         reason = getattr(error, "strerror", None) or brief(error)
         raise UserError(f"--out: {out} cannot be written: {reason}") from None
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _settle(old, out)
     return names
+
+
+def _settle(old: Path, out: Path) -> None:
+    """Put the old folder back where no new one has taken its place, else remove it."""
+    if old.is_dir() and not out.is_dir():
+        os.replace(old, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(folder: Path, facts: Facts, card: ModelCard) -> list[str]:

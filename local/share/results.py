@@ -48,7 +48,7 @@ def _describe_method(scores: Scores) -> str:
     return (
         f"Tracks were separated in windows (`eval.py --method {scores.method} --segment"
         f" {made_with['segment']} --overlap {made_with['overlap']}`), as the baseline of the Second"
-        f" Cadenza Challenge does. They do not compare with {PUBLISHED_CARDS}, which are of whole"
+        f" Cadenza Challenge does. These scores do not compare with {PUBLISHED_CARDS}, which are of whole"
         f" tracks at once.{note}"
     )
 
