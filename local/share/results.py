@@ -48,8 +48,8 @@ def _describe_method(scores: Scores) -> str:
     return (
         f"Tracks were separated in windows (`eval.py --method {scores.method} --segment"
         f" {made_with['segment']} --overlap {made_with['overlap']}`), as the baseline of the Second"
-        f" Cadenza Challenge does. These scores do not compare with {PUBLISHED_CARDS}, which are of whole"
-        f" tracks at once.{note}"
+        f" Cadenza Challenge does. The scores do not compare with {PUBLISHED_CARDS}, which are of"
+        f" whole tracks at once.{note}"
     )
 
 
