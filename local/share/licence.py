@@ -31,15 +31,12 @@ def licence_fields(facts: Facts) -> dict[str, str]:
 def describe_licence(facts: Facts) -> str:
     """Return the section of the card."""
     parts = [
-        f"[{terms['title']}]({terms['title_link']}), by {terms['author']}:"
-        f" **{terms['license']}**. These weights were trained on it, and the same holds for them."
+        f"Training data: [{terms['title']}]({terms['title_link']}), by {terms['author']}:"
+        f" **{terms['license']}**. The same holds for these weights."
         for terms in facts.licences
     ]
     if not parts:
         parts.append((DEMO if facts.is_demo else UNKNOWN).format(dataset=escape(facts.dataset)))
     if "base_model" in facts.infos:
-        parts.append(
-            "They were started from the weights of the base model above, whose terms carry over to"
-            " these."
-        )
+        parts.append("They were started from the base model above, whose terms carry over to them.")
     return " ".join([*parts, "The code in `local/` is under the MIT licence (`local/LICENSE`)."])

@@ -66,10 +66,10 @@ def describe_model(facts: Facts) -> str:
 def describe_way(facts: Facts) -> str:
     """Return the first paragraph: what the model separates, and how."""
     model = facts.model
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    count = sum(parameter.numel() for parameter in model.parameters())
     sentences = [
         f"Separates stereo music at {model.samplerate:,} Hz into {_join(list_sources(facts))}, so"
-        f" that the lyrics can be lifted. It has {millions:.2f} million parameters."
+        f" that the lyrics can be lifted. It has {count:,} parameters."
     ]
     if isinstance(model, ConvTasNetStereo):
         norm = "no norm" if model.norm_type == "id" else model.norm_type
