@@ -1,3 +1,5 @@
+import inspect
+import os
 import re
 import shutil
 import socket
@@ -5,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -222,9 +225,7 @@ def test_what_was_there_stays_where_writing_fails(place, run, capsys, monkeypatc
         raise OSError(28, "No space left on device")
 
     if place == "replace":  # the new folder cannot get its name
-        from local.tools import files
-
-        monkeypatch.setattr(files.os, "replace", replace_but(run / "published", fail_to_write))
+        monkeypatch.setattr(os, "replace", replace_but(run / "published", fail_to_write))
     else:
         monkeypatch.setattr(ConvTasNetStereo, "save_pretrained", fail_to_write)
     assert "No space left" in fail(capsys, run)
@@ -235,8 +236,6 @@ def test_what_was_there_stays_where_writing_fails(place, run, capsys, monkeypatc
 
 def replace_but(target: Path, fail_to_write):
     """os.replace that fails for a new folder at `target`."""
-    import os
-
     rename = os.replace
 
     def replace(source, destination):
@@ -499,9 +498,13 @@ def hub(monkeypatch):
         calls.append(("create_repo", repo, options))
         return f"https://huggingface.co/{repo}"
 
+    def upload_folder(**options):
+        inspect.signature(huggingface_hub.upload_folder).bind(**options)  # it takes these
+        calls.append(options)
+
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(upload, "create_repo", create_repo)
-    monkeypatch.setattr(upload, "upload_folder", lambda **options: calls.append(options))
+    monkeypatch.setattr(upload, "upload_folder", upload_folder)
     return calls
 
 
