@@ -23,10 +23,11 @@ FLOORS = (
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates"),
-    ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
+    ("local.train", "local.eval", "local.songs", "local.comparison", "local.share", "local.demo"),
     ("local.lift", "local.raw_stream"),
     (
-        *("local.separate", "local.enhance", "local.score", "local.compare", "local.convert"),
+        *("local.separate", "local.enhance", "local.score", "local.compare", "local.publish"),
+        "local.convert",
         "local.demo_musdb18",
     ),
     ("train", "eval"),
@@ -180,7 +181,7 @@ COMMANDS = (
     "eval.py",
     *(
         f"local/{name}.py"
-        for name in ("separate", "enhance", "score", "compare", "stems", "convert")
+        for name in ("separate", "enhance", "score", "compare", "publish", "stems", "convert")
     ),
 )
 
@@ -200,7 +201,8 @@ def test_help_and_a_wrong_flag_answer_before_the_slow_imports(command, flags):
 
 
 @pytest.mark.parametrize(
-    "name", ["separate", "enhance", "score", "compare", "stems", "convert", "demo_musdb18"]
+    "name",
+    ["separate", "enhance", "score", "compare", "publish", "stems", "convert", "demo_musdb18"],
 )
 def test_a_command_runs_as_a_script_from_any_folder(name, tmp_path):
     result = run_python(ROOT / "local" / f"{name}.py", "--version", own_process=True, cwd=tmp_path)

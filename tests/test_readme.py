@@ -66,6 +66,7 @@ SMALLER = {
     "torchrun --nproc_per_node 4 eval.py": [],
     "python eval.py": [],
     "python -m local.compare": [],
+    "python -m local.publish": [],
     "python -m local.score": [],
     "python -m local.separate": [],
     "python -m local.enhance": [],
@@ -207,8 +208,8 @@ def test_the_job_for_slurm_works(checkout, tmp_path):
 
 def test_every_flag_they_name_exists():
     named = set(re.findall(r"`(--\w+)", "".join(READMES.values())))
-    modules = "local.separate", "local.enhance", "local.compare"
-    commands = (["train.py"], ["eval.py"], *(["-m", module] for module in modules))
+    modules = (["-m", f"local.{name}"] for name in ("separate", "enhance", "compare", "publish"))
+    commands = (["train.py"], ["eval.py"], *modules)
     helps = [run([sys.executable, *words, "--help"], ROOT).stdout for words in commands]
     helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)
     assert named <= set(re.findall(r"--\w+", " ".join(helps)))
