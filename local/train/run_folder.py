@@ -18,7 +18,7 @@ LOG_BYTES = 50e6
 WRITTEN = {
     **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
     **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json"), "file"),
-    **dict.fromkeys(("changes.yml", "train.log"), "file"),
+    **dict.fromkeys(("changes.yml", "train.log", "curves.png"), "file"),
 }
 
 
