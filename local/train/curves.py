@@ -13,7 +13,7 @@ from local.train.run_log import WarnOnce
 
 SHARE = 0.01  # of the time of a run, at most, that goes into drawing
 SDR = "val_sdr_"  # begins the names of the columns of whole-track SDR
-SPEED = "items per second"
+RATE, SPEED = "learning rate", "items per second"
 MOST_DOTS = 40  # epochs up to which each is a dot as well: the line of a single one is none
 
 
@@ -31,7 +31,7 @@ class Curves(Logger):
         super().__init__()
         self.path, self.table = exp_dir / "curves.png", exp_dir / "logs" / "metrics.csv"
         is_in_decibels = getattr(LOSSES[loss], "is_in_decibels", False)
-        self.loss = f"{loss} loss in dB" if is_in_decibels else f"{loss} loss"
+        self.label = f"{loss} loss in dB" if is_in_decibels else f"{loss} loss"
         self._warning, self._next_time, self._is_due = WarnOnce(self.path), 0.0, False
 
     @rank_zero_only
@@ -50,8 +50,8 @@ class Curves(Logger):
         import matplotlib.figure  # noqa: F401  # takes a second, once: not to be counted
 
         start = time.monotonic()
-        with self._warning:
-            draw_curves(read_table(self.table), self.path, self.loss)
+        with self._warning, atomic_path(self.path) as temporary:
+            plot_curves(read_table(self.table), self.label).savefig(temporary, format="png")
         end = time.monotonic()
         self._next_time, self._is_due = end + (end - start) / SHARE, False
 
@@ -68,52 +68,53 @@ def read_table(path: Path) -> np.ndarray:
     return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, encoding="utf-8"))
 
 
-def draw_curves(table: np.ndarray, path: Path, loss: str) -> None:
-    """Writes a PNG with a panel each for the losses, whole-track SDR, learning rate and speed.
+def plot_curves(table: np.ndarray, loss: str):
+    """A matplotlib figure with a panel each for losses, whole-track SDR, learning rate and speed.
 
     A curve is omitted where it has no finite value, and a panel without curves.
 
     Args:
         table: as of `read_table`.
         loss: the label of the losses.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-    names = {
+    columns = {
         loss: {"train_loss": "training", "val_loss": "validation"},
         "SDR in dB": {n: n.removeprefix(SDR) for n in table.dtype.names if n.startswith(SDR)},
-        "learning rate": {"lr": "lr"},
-        SPEED: {"items_per_second": "training"},
+        RATE: {"lr": RATE},
+        SPEED: {"items_per_second": SPEED},
     }
-    panels = {label: find_curves(table, columns) for label, columns in names.items()}
-    panels = {label: curves for label, curves in panels.items() if curves}
-    figure = Figure(figsize=(8, 0.8 + 2 * len(panels)), dpi=120, layout="constrained")
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    marker = "." if len(table) <= MOST_DOTS else ""
-    for axis, (label, curves) in zip(axes, panels.items(), strict=True):
-        for name, values in curves.items():
-            axis.plot(table["epoch"], values, marker=marker, label=name)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        if len(curves) > 1:
-            axis.legend()
-        if "lr" in curves:
-            axis.set_yscale("log")  # it is halved, and halved again
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.minorticks_off()
-        if label == SPEED:
-            axis.set_ylim(0, 1.1 * np.nanmax(curves["training"]))
-    axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if label_best := describe_best(table):
-        figure.suptitle(label_best, fontsize="medium")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    found = {label: find_curves(table, names) for label, names in columns.items()}
+    found = {label: curves for label, curves in found.items() if curves}
+    figure = Figure(figsize=(8, 0.8 + 2 * len(found)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(found), sharex=True, squeeze=False)[:, 0]
+    for panel, (label, curves) in zip(panels, found.items(), strict=True):
+        plot_panel(panel, table["epoch"], label, curves)
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.suptitle(describe_best(table), fontsize="medium")
+    return figure
+
+
+def plot_panel(panel, epochs: np.ndarray, label: str, curves: dict[str, np.ndarray]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    marker = "." if len(epochs) <= MOST_DOTS else ""
+    for name, values in curves.items():
+        panel.plot(epochs, values, marker=marker, label=name)
+    panel.set_ylabel(label)
+    panel.grid(alpha=0.3)
+    if len(curves) > 1:
+        panel.legend()
+    if label == RATE:
+        panel.set_yscale("log")  # it is halved, and halved again
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+    if label == SPEED:
+        panel.set_ylim(0, 1.1 * np.nanmax(curves[SPEED]))
 
 
 def find_curves(table: np.ndarray, columns: dict[str, str]) -> dict[str, np.ndarray]:
@@ -130,7 +131,7 @@ def find_curves(table: np.ndarray, columns: dict[str, str]) -> dict[str, np.ndar
 
 
 def describe_best(table: np.ndarray) -> str:
-    """The epoch with the least val_loss, which is that of best_model.pth; "" where there is none."""
+    """Which epoch has the least val_loss, and so is best_model.pth; "" where there is none."""
     losses = find_curves(table, {"val_loss": "loss"}).get("loss")
     if losses is None:
         return ""

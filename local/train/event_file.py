@@ -40,7 +40,9 @@ class EventFile:
         with open(self.path, "ab", buffering=0) as file:
             size = file.tell()
             try:
-                file.write(content.getvalue())
+                rest = content.getbuffer()
+                while rest:  # of a disk that is almost full, a write takes a part
+                    rest = rest[file.write(rest) :]
             except OSError:
                 file.truncate(size)
                 raise
@@ -75,6 +77,6 @@ def make_image(tag: str, figure) -> Summary.Value:
     """A matplotlib figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    width, height = map(int, figure.get_size_inches() * figure.dpi)
+    width, height = figure.canvas.get_width_height()
     image = Summary.Image(width=width, height=height, encoded_image_string=content.getvalue())
     return Summary.Value(tag=tag, image=image)

@@ -40,5 +40,5 @@ def draw_spectrograms(signals: dict[str, np.ndarray], rate: int):
         panel.set_ylim(0, min(rate / 2, HIGHEST) / 1000)
         panel.set_ylabel(f"{name}\nfrequency in kHz")
     panels[-1].set_xlabel("time in seconds")
-    figure.colorbar(image, ax=panels, label="level in dB below the loudest")
+    figure.colorbar(image, ax=panels, label="level in dB, 0 is the loudest")
     return figure
