@@ -60,9 +60,11 @@ def _stamp(step: int, **content) -> Event:
 
 
 def make_audio(tag: str, samples: np.ndarray, rate: int) -> Summary.Value:
-    """Audio of 16 bits, clipped at full scale, from (T, channels)."""
+    """Audio of 16 bits from (T, channels); what exceeds full scale is scaled down to it."""
     content = io.BytesIO()
-    sf.write(content, samples, rate, "PCM_16", format="WAV")
+    sf.write(
+        content, samples / max(np.abs(samples).max(initial=0), 1), rate, "PCM_16", format="WAV"
+    )
     audio = Summary.Audio(
         sample_rate=rate,
         num_channels=samples.shape[1],
