@@ -3,12 +3,14 @@ import io
 import resource
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
 from conftest import RATE
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import end_of, flags, run_until
@@ -20,10 +22,10 @@ from local.keys import KEYS
 from local.musdb18_dataset import TrackDataset
 from local.musdb18_tracks import find_tracks
 from local.sdr import sum_sdr
-from local.train import examples
+from local.train import curves, examples
 from local.train.checkpoints import list_last
 from local.train.event_file import EventFile, make_audio
-from local.train.examples import find_loudest, make_example
+from local.train.examples import Examples, find_loudest, make_example
 from local.train.spectrograms import draw_spectrograms
 
 NAMES = ("Leaf - Summerghost", "M.E.R.C. Music - Knockout")  # of the tracks that are validated on
@@ -176,9 +178,16 @@ def test_weights_random_states_and_metrics_are_those_of_a_run_without(run, run_f
 # Resuming
 
 
+@pytest.fixture
+def small_images(monkeypatch) -> None:
+    """They take most of the time otherwise."""
+    monkeypatch.setattr(examples, "draw_spectrograms", lambda *args: Figure((1, 1)))
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: Figure((1, 1)))
+
+
 @pytest.mark.parametrize("batches", [[3], [8], [9], [17, 6], [21]])
 def test_nothing_is_written_twice_on_resume(
-    batches, run, one_second, run_flags, tmp_path, monkeypatch
+    batches, run, one_second, small_images, run_flags, tmp_path, monkeypatch
 ):
     for batch in batches:
         run_until(batch, run_flags(tmp_path / "run"), monkeypatch)
@@ -188,7 +197,7 @@ def test_nothing_is_written_twice_on_resume(
 
 
 def test_the_number_of_tracks_may_change_and_the_folder_may_go(
-    one_second, run_flags, tmp_path, monkeypatch
+    one_second, small_images, run_flags, tmp_path, monkeypatch
 ):
     exp_dir = tmp_path / "run"
     run_until(9, run_flags(exp_dir, count=1), monkeypatch)
@@ -203,7 +212,7 @@ def test_the_number_of_tracks_may_change_and_the_folder_may_go(
     assert {tuple(steps) for steps in list_steps(exp_dir).values()} == {(11,)}
 
 
-def test_ten_minutes_are_between_two_rounds(run_flags, tmp_path, monkeypatch):
+def test_ten_minutes_are_between_two_rounds(small_images, run_flags, tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "SECONDS", 1)
     run_until(17, run_flags(tmp_path / "run"), monkeypatch)
     train.main(run_flags(tmp_path / "run"))
@@ -213,7 +222,9 @@ def test_ten_minutes_are_between_two_rounds(run_flags, tmp_path, monkeypatch):
 # What goes wrong
 
 
-def test_a_full_disk_ends_no_run(one_second, run_flags, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_no_run(
+    one_second, small_images, run_flags, tmp_path, monkeypatch, capsys
+):
     def fail(file, step, values=()):
         raise OSError(errno.ENOSPC, "No space left on device", str(file.path))
 
@@ -251,6 +262,19 @@ def test_later_events_of_an_earlier_process_are_void(tmp_path):
         file.path = file.path.with_name(f"events.out.tfevents.{number}")
         file.write(step, [audio])
     assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Audio("a")] == [1, 3]
+
+
+def test_other_ranks_and_what_lightning_calls_a_sanity_check_write_nothing(tmp_path):
+    callback = Examples(tmp_path, 2)
+    for is_first, checks in [(True, True), (False, False)]:
+        trainer = SimpleNamespace(
+            is_global_zero=is_first, sanity_checking=checks, global_step=3, world_size=2
+        )
+        callback.on_train_start(trainer, None)
+        callback.on_validation_start(trainer, None)
+        callback.on_validation_batch_end(trainer, None, torch.ones(1), [torch.ones(1)] * 2, 0)
+        callback.on_validation_end(trainer, None)
+    assert not any(tmp_path.iterdir())
 
 
 def test_how_many_must_not_be_negative(run_flags, tmp_path, error_of):
