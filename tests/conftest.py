@@ -46,7 +46,7 @@ FIXED = [
     *["--fast", "auto", "--valid_method", "full", "--max_valid_tracks", "-1", "--max_steps", "-1"],
     *["--max_skipped_steps", "100", "--checkpoint_every", "30 min", "--lr_patience", "5"],
     *["--patience", "20", "--keep_best", "10", "--loss", "l1", "--clip_norm", "5", "--ema", "0"],
-    *["--optimizer", "adam", "--weight_decay", "0", "--mix_tracks", "yes"],
+    *["--examples", "0", "--optimizer", "adam", "--weight_decay", "0", "--mix_tracks", "yes"],
     *["--gain_min", "0.25", "--gain_max", "1.25", "--swap", "0.5"],
 ]
 TINY_RUN = [
