@@ -23,8 +23,14 @@ FLOORS = (
     ("local.fast",),
     ("local.streaming", "local.inference", "local.needs"),
     ("local.system", "local.estimates", "local.raw_stream"),
-    ("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
-    ("local.separate", "local.score", "local.compare", "local.convert", "local.demo_musdb18"),
+    (
+        *("local.train", "local.eval", "local.songs", "local.comparison", "local.demo"),
+        "local.share",
+    ),
+    (
+        *("local.separate", "local.score", "local.compare", "local.convert", "local.export"),
+        "local.demo_musdb18",
+    ),
     ("train", "eval"),
 )
 LIBRARIES = ("torch", "pytorch_lightning", "lightning_fabric", "asteroid")
@@ -132,8 +138,12 @@ def test_private_names_of_others_are_in_one_module(module):
 
 
 def test_no_class_overrides_a_private_method_of_a_library():
-    with_triton = {"local.fast.kernels", "local.fast.gpu"}
-    for module in TREES.keys() - (set() if find_spec("triton") else with_triton):
+    optional = {
+        "triton": ("local.fast.kernels", "local.fast.gpu"),
+        "onnxruntime": ("local.share.onnx_graph", "local.share.onnx_check"),
+    }
+    missing = {name for library in optional if not find_spec(library) for name in optional[library]}
+    for module in TREES.keys() - missing:
         for kind in vars(importlib.import_module(module)).values():
             if not inspect.isclass(kind) or kind.__module__ != module:
                 continue
@@ -174,7 +184,10 @@ SLOW = {"torch", "asteroid", "pytorch_lightning", "museval", "musdb", "matplotli
 COMMANDS = (
     "train.py",
     "eval.py",
-    *(f"local/{name}.py" for name in ("separate", "score", "compare", "stems", "convert")),
+    *(
+        f"local/{name}.py"
+        for name in ("separate", "score", "compare", "stems", "convert", "export")
+    ),
 )
 
 
@@ -193,7 +206,7 @@ def test_help_and_a_wrong_flag_answer_before_the_slow_imports(command, flags):
 
 
 @pytest.mark.parametrize(
-    "name", ["separate", "score", "compare", "stems", "convert", "demo_musdb18"]
+    "name", ["separate", "score", "compare", "stems", "convert", "export", "demo_musdb18"]
 )
 def test_a_command_runs_as_a_script_from_any_folder(name, tmp_path):
     result = run_python(ROOT / "local" / f"{name}.py", "--version", own_process=True, cwd=tmp_path)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import onnx
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ORIGIN = ("dataset", "licenses")  # what best_model.pth says of its making
 
 
 def export_onnx(source: str, out: Path, stream: bool = False) -> str:
@@ -112,14 +111,14 @@ def describe_model(source: str, loaded: Loaded) -> dict[str, str]:
     names = {len(TARGETS): TARGETS, len(SOURCES): SOURCES}
     sources = names.get(model.C, [f"source {number}" for number in range(model.C)])
     content = load_checkpoint(weights) if weights.suffix in FILE_SUFFIXES else {}
-    origin = {key: content[key] for key in ORIGIN if content.get(key)}
     return {
         "sample_rate": str(model.samplerate),
         "audio_channels": str(model.audio_channels),
         "sources": json.dumps(sources),
         "model": loaded.name,
-        "arguments": json.dumps(loaded.arguments),
+        "arguments": json.dumps(loaded.arguments, default=str),
         "weights_sha256": sha256(weights),
         "recipe": __version__,
-        **{key: json.dumps(value, default=str) for key, value in origin.items()},
+        "dataset": str(content.get("dataset", "unknown")),
+        "licenses": json.dumps(content.get("licenses", []), default=str),
     }
