@@ -41,7 +41,7 @@ def check_whole(path: Path, model: nn.Module) -> float:
 
 
 def check_stream(path: Path, step: StreamStep) -> float:
-    """Compare a file of one push with the model: at least PUSHES pushes of several sizes.
+    """Compare a file of one push with the model, over PUSHES pushes of several sizes.
 
     Returns, raises:
         as `check_whole`.
@@ -128,10 +128,11 @@ def compare(model: nn.Module, mixtures: list[Tensor], run: Callable[[Tensor], Te
             raise UserError(f"{whose} gives NaN or infinity for {where}")
         differences.append((found - expected).flatten())
         estimates.append(expected.flatten())
-    error, scale = torch.cat(differences).norm(), torch.cat(estimates).norm()
-    if not error <= LIMIT * scale:
+    scale = torch.cat(estimates).norm().clamp(min=1e-30)
+    error = (torch.cat(differences).norm() / scale).item()
+    if error > LIMIT:
         raise UserError(
-            f"exported, the model differs by {error / scale.clamp(min=1e-300):.1g}, more than"
-            f" {LIMIT:g} relative to its estimates"
+            f"exported, the model differs by {error:.1g} relative to its estimates, more than"
+            f" {LIMIT:g}"
         )
-    return (error / scale.clamp(min=1e-300)).item()
+    return error

@@ -87,7 +87,7 @@ def write_stream(path: Path, model: nn.Module, facts: dict[str, str]) -> str:
     sizes = {"hop": step.hop, "latency": step.latency, "frame": step.length}
     facts = facts | {name: str(size) for name, size in sizes.items()}
     save_graph(path, export_stream(step), facts)
-    use = f"pushes of any multiple of {step.hop} samples, latency {step.latency} samples"
+    use = f"blocks of any multiple of {step.hop} samples, latency {step.latency} samples"
     return describe_file(path, use, check_stream(path, step))
 
 

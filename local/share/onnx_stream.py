@@ -36,9 +36,8 @@ class StreamStep(nn.Module):
             raise ValueError(fault)
         self.model = model
         self.length, self.hop = model.encoder.length, model.encoder.hop
-        self.overlap = self.length - self.hop
-        # A frame ends up to so many hops after the one that it starts with.
-        self.lag = -(-self.overlap // self.hop)
+        # How many hops a frame reaches beyond that in which it starts.
+        self.lag = -(-(self.length - self.hop) // self.hop)
         self.blocks = [block for repeat in model.separator.network[2] for block in repeat]
         self.reaches = [find_reach(block) for block in self.blocks]
 
@@ -51,16 +50,16 @@ class StreamStep(nn.Module):
 
         Shape:
             - samples: (1, audio_channels, S), the last ones of the mixture
-            - frames: (1,), how many there were, counted up to the latency
+            - frames: (1,), how many there were, counted up to those of the latency
             - context: (1, H, G), the last frames of each block, one block after the other
-            - overlap: (1, C, audio_channels, L - hop), of the last frames with later ones
+            - overlap: (1, C, audio_channels, L - hop), the end of the last frame
         """
         model = self.model
         return (
             torch.zeros(1, model.audio_channels, self.latency),
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(1, model.H, sum(self.reaches)),
-            torch.zeros(1, model.C, model.audio_channels, self.overlap),
+            torch.zeros(1, model.C, model.audio_channels, self.length - self.hop),
         )
 
     def forward(
@@ -98,27 +97,20 @@ class StreamStep(nn.Module):
         norm, bottleneck, _, to_masks = separator.network
         residual = bottleneck(norm(weights))
         for block, reach in zip(self.blocks, self.reaches, strict=True):
-            expand, activation, norm, (depthwise, _, *rest) = list_layers(block)
+            expand, activation, norm, separable = block.net
             hidden = norm(activation(expand(residual))) * is_frame
             hidden = torch.cat([context[..., start : start + reach], hidden], dim=-1)
             kept.append(hidden[..., weights.shape[-1] :])
-            mixed = F.conv1d(
-                hidden, depthwise.weight, dilation=depthwise.dilation, groups=depthwise.groups
-            )
-            residual = residual + nn.Sequential(*rest)(mixed)
+            conv, after_chomp = separable.net[0], separable.net[2:]
+            mixed = F.conv1d(hidden, conv.weight, dilation=conv.dilation, groups=conv.groups)
+            residual = residual + after_chomp(mixed)
             start += reach
         scores = to_masks(residual).unflatten(1, (separator.C, -1))
         masks = scores.softmax(dim=1) if separator.mask_nonlinear == "softmax" else scores.relu()
         return masks, torch.cat(kept, dim=-1)
 
 
-def list_layers(block: nn.Module) -> tuple:
-    """Expansion, PReLU, norm and the list of the depthwise part of a causal TemporalBlock."""
-    expand, activation, norm, separable = block.net
-    return expand, activation, norm, list(separable.net)
-
-
 def find_reach(block: nn.Module) -> int:
-    """How many frames a block looks back."""
-    *_, (depthwise, *_) = list_layers(block)
-    return (depthwise.kernel_size[0] - 1) * depthwise.dilation[0]
+    """How many frames a TemporalBlock looks back."""
+    conv = block.net[3].net[0]
+    return (conv.kernel_size[0] - 1) * conv.dilation[0]
