@@ -62,9 +62,9 @@ def push_file(path, mixture: Tensor, sizes: list[int]) -> Tensor:
 
 
 def add_silence(mixture: Tensor) -> Tensor:
-    """Silence at first and in the middle."""
+    """In the middle."""
     mixture, time = mixture.clone(), mixture.shape[-1]
-    mixture[..., : time // 8] = mixture[..., time // 2 : 3 * time // 4] = 0
+    mixture[..., time // 2 : 3 * time // 4] = 0
     return mixture
 
 
