@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,11 @@ def write_song(path: Path, rate=16000, channels=2, seconds=0.7, seed=0) -> np.nd
 slow = pytest.mark.skipif(
     "RECIPE_SLOW_TESTS" not in os.environ,
     reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
+)
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="no onnx, onnxscript and onnxruntime: see requirements.txt",
 )
 
 # run.sh would otherwise make and fill another environment.

@@ -10,15 +10,20 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile as sf
 import stempeg
+import torch
 from conftest import (
     RATE,
     ROOT,
     TINY_RUN,
     TRAIN_NAMES,
     copy_project,
+    forward,
+    make_stems,
+    needs_onnx,
     needs_venv,
     random_model,
     slow,
@@ -30,6 +35,7 @@ from test_scenes import needs_compressor, write_package
 
 from local.checkpoint import load_model
 from local.eval.results import METRICS
+from local.share.onnx_file import export_onnx
 
 READMES = {
     path: (ROOT / path).read_text(encoding="utf-8")
@@ -78,6 +84,7 @@ SMALLER = {
     "python tests/benchmark.py score": "--lengths 1 --repeats 1 --tracks 2".split(),
     "ffmpeg": [],
     "python -m local.stems": [],
+    "python -m local.export": [],
     "python -m local.convert": ["--sample_rate", str(RATE)],
     "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
 }
@@ -120,6 +127,7 @@ def find_marks(command: str) -> list[pytest.MarkDecorator]:
     # test_benchmark.py measures the same in its own process.
     marks = {"./run.sh": needs_venv, "python tests/benchmark.py": slow}
     marks["python -m local.enhance --scenes"] = needs_compressor
+    marks["python -m local.export"] = needs_onnx
     return [mark for start, mark in marks.items() if command.startswith(start)]
 
 
@@ -181,12 +189,31 @@ def test_the_python_examples_work(checkout):
     shutil.copy(mixture, checkout / "mixture.wav")
     # Of the stream, the last block is left: what the 9,999 frames of 100,000 samples do not end.
     lengths = (sf.info(mixture).frames, 10, 4000)
-    for example, samples in zip(blocks("python"), lengths, strict=True):
+    examples = [block for block in blocks("python") if "import onnxruntime" not in block]
+    for example, samples in zip(examples, lengths, strict=True):
         small = example.replace("44100", str(RATE)).replace("220_500", "4000")
         code = small + "\nprint(*vocals.shape, *accompaniment.shape)"
         (checkout / "example.py").write_text(code)
         result = run([sys.executable, "example.py"], checkout)
         assert result.stdout == f"2 {samples} 2 {samples}\n", result.stderr
+
+
+@needs_onnx
+def test_the_example_without_pytorch_works(checkout, tmp_path):
+    (example,) = [block for block in blocks("python") if "import onnxruntime" in block]
+    assert len(example.splitlines()) <= 40
+    model = load_model(next(checkout.glob("hub/*_Causal/snapshots/1")))
+    export_onnx(next(checkout.glob("hub/*_Causal/snapshots/1")), tmp_path / "stream.onnx", True)
+    for length in (20, 4001, 4010):
+        mixture = make_stems(length / RATE, RATE, 0)["mixture"] / 32768
+        sf.write(tmp_path / "mixture.wav", mixture, RATE, "FLOAT")
+        code = f"import sys; sys.modules['torch'] = None\n{example}"
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        written = [sf.read(tmp_path / f"{name}.wav")[0].T for name in ("vocals", "accompaniment")]
+        mixture = torch.from_numpy(mixture.T).float()
+        expected = forward(model, mixture).numpy()
+        assert np.linalg.norm(written - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 @needs_venv

@@ -9,6 +9,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from local.checkpoint import find_weights, load_with_arguments
+from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, suggest_path
 from local.tools.files import sha256
 from local.tools.weights import HUB_NAME, load_checkpoint
@@ -52,6 +53,12 @@ class Facts(NamedTuple):
     def is_demo(self) -> bool:
         """Whether all of the data were made by local.demo_musdb18."""
         return self.dataset == DEMO_DATASET
+
+
+def name_sources(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a model gives, in its order."""
+    known = {len(TARGETS): TARGETS, len(SOURCES): SOURCES}
+    return known.get(model.C, tuple(f"source_{number}" for number in range(model.C)))
 
 
 def read_facts(exp_dir: Path) -> Facts:

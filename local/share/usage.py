@@ -3,7 +3,7 @@
 import shlex
 
 from local.musdb18_tracks import SOURCES, TARGETS
-from local.share.facts import Facts
+from local.share.facts import Facts, name_sources
 from local.tasnet import ConvTasNetStereo
 from local.tools.markdown import escape
 
@@ -60,7 +60,7 @@ def describe_model(facts: Facts) -> str:
     model, kind = facts.model, type(facts.model).__name__
     if isinstance(model, ConvTasNetStereo):
         kind = f"Stereo ConvTasNet, {'causal' if model.causal else 'non-causal'}"
-    return f"{kind}: {_join(list_sources(facts))}"
+    return f"{kind}: {_join(name_sources(facts.model))}"
 
 
 def describe_way(facts: Facts) -> str:
@@ -68,7 +68,7 @@ def describe_way(facts: Facts) -> str:
     model = facts.model
     count = sum(parameter.numel() for parameter in model.parameters())
     sentences = [
-        f"Separates stereo music at {model.samplerate:,} Hz into {_join(list_sources(facts))}, so"
+        f"Separates stereo music at {model.samplerate:,} Hz into {_join(name_sources(model))}, so"
         f" that the lyrics can be lifted. It has {count:,} parameters."
     ]
     if isinstance(model, ConvTasNetStereo):
@@ -106,7 +106,7 @@ def describe_use(facts: Facts, folder: str, repo: str | None) -> str:
         name=kind.__name__,
         channels=facts.model.audio_channels,
         rate=facts.model.samplerate,
-        sources=", ".join(list_sources(facts)),
+        sources=", ".join(name_sources(facts.model)),
         place=repo or shlex.quote(folder),
     )
     loads_in_clarity = kind is ConvTasNetStereo and facts.model.C == len(TARGETS)
@@ -128,12 +128,6 @@ def _describe_sources(facts: Facts) -> str:
     if facts.model.C == len(SOURCES):
         return "It knows vocals, bass and drums, and calls the rest *other*"
     return "Vocals are all singing voices together; the accompaniment is the rest"
-
-
-def list_sources(facts: Facts) -> tuple[str, ...]:
-    """Return the names of what the model gives, in its order."""
-    known = {len(TARGETS): TARGETS, len(SOURCES): SOURCES}
-    return known.get(facts.model.C, tuple(f"source_{n}" for n in range(facts.model.C)))
 
 
 def _join(names: tuple[str, ...]) -> str:
