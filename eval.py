@@ -141,6 +141,7 @@ def separate_and_score(
     most, targets = max(needs.values(), default=0), len(list_targets(model))
     jobs = args.jobs or choose_jobs(records, args.scorer, ranks.local_count, most, targets)
     work = separation_seconds(model), args.scorer, targets
+    form = "float32" if args.float32 else "wav16"
     torch.set_num_threads(choose_threads(torch.get_num_threads(), *work))
     with ScoringPool(out, jobs, args.scorer, args.float_references, ranks.rank, targets) as pool:
         for number, (track, record) in enumerate(records.items(), start=1):
@@ -151,7 +152,7 @@ def separate_and_score(
                 # If the run stops here, no old scores may stay beside new audio.
                 remove_track(out, track.name)
                 if record["saved"]:
-                    save_estimates(out / track.name, estimates, track.rate, args.float32)
+                    save_estimates(out / track.name, estimates, track.rate, form)
                 pool.submit(track, estimates, record)
             except Exception as error:
                 pool.fail(track, describe_failure(error, args, "--use_gpu 0" * args.use_gpu))

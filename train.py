@@ -63,7 +63,7 @@ def train(conf: dict) -> None:
             write_settings(conf, resumed)
             log.begin()
             say(description)
-        trainer.loggers = make_loggers(exp_dir, resumed)
+        trainer.loggers = make_loggers(conf, resumed)
         fit(trainer, system, resumed.path if resumed else None)
         if is_first:
             say(describe_end(trainer))

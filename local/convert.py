@@ -33,12 +33,11 @@ from local.tools.jobs import run_jobs
 from local.tools.progress import add_progress_flags, set_progress
 from local.tools.resample import resample
 from local.tools.sound_files import describe_fault, read_header
-from local.tools.wav import WavWriter, to_16_bits
+from local.tools.wav import BYTES, WavWriter, to_integers
 from local.tracks.roots import SPLITS, list_places
 from local.tracks.track import Place
 
 BLOCK = 2**18  # samples at a time
-BYTES = {"PCM_16": 2, "FLOAT": 4}  # of a sample
 SHORT = ("PCM_16", "PCM_S8", "PCM_U8")  # what 16 bits hold
 
 
@@ -219,7 +218,7 @@ def _write(writer: WavWriter, block: np.ndarray, subtype: str) -> int:
     if subtype == "FLOAT":
         writer.write(np.ascontiguousarray(block))
         return 0
-    samples, clipped = to_16_bits(block)
+    samples, clipped = to_integers(block, 16)
     writer.write(samples)
     return clipped
 

@@ -7,6 +7,7 @@ import inspect
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from local.fast.packed import find_precision_fault
 from local.musdb18_tracks import SOURCES, TARGETS
 from local.tools.command_line import UserError, plural
 from local.tools.files import atomic_path, sha256
-from local.tools.progress import Lines, show_progress
-from local.tools.wav import WavWriter, to_16_bits
+from local.tools.formats import FORMATS
+from local.tools.progress import Lines, report, show_progress
+from local.tools.sound_writer import SoundWriter
 
 
 def load_separator(checkpoint: str | Path) -> nn.Module:
@@ -98,57 +100,61 @@ def name_targets(sources: Tensor) -> dict[str, np.ndarray]:
     return targets
 
 
-def save_estimates(
-    folder: Path, estimates: dict[str, np.ndarray], rate: int, float32: bool
-) -> None:
-    """Write target -> (channels, T) as TARGET.wav: see `EstimateWriter`."""
+def save_estimates(folder: Path, estimates: dict[str, np.ndarray], rate: int, form: str) -> None:
+    """Write target -> (channels, T) as files of a format: see `EstimateWriter`."""
     channels = len(next(iter(estimates.values())))
-    with EstimateWriter(folder, rate, channels, float32, estimates) as writer:
+    with EstimateWriter(folder, rate, channels, form, estimates) as writer:
         writer.write(estimates)
 
 
 class EstimateWriter:
-    """Write estimates as FOLDER/TARGET.wav, block by block: all files whole, or none.
+    """Write estimates as FOLDER/TARGET.wav, say, block by block: all files whole, or none.
 
-    Files have 16 bits a sample; beyond full scale they are clipped, which is reported at the end.
+    Integers are clipped beyond full scale, which is reported at the end.
 
     Args:
-        float32: write 32-bit float samples instead.
+        rate: of the estimates, in Hz. Files of a format that lacks it have the nearest one, which
+            is said once.
+        form: one of FORMATS.
         targets: those that are written.
 
     Raises:
         OSError: the files cannot be written.
     """
 
-    def __init__(
-        self, folder: Path, rate: int, channels: int, float32: bool, targets: Iterable[str]
-    ):
-        self.folder, self.float32, self.targets = folder, float32, tuple(targets)
-        self.form = rate, channels, "FLOAT" if float32 else "PCM_16"
-        self.clipped = 0
+    def __init__(self, folder: Path, rate: int, channels: int, form: str, targets: Iterable[str]):
+        self.folder, self.targets = folder, tuple(targets)
+        self.form = rate, channels, FORMATS[form]
+        say_rate(form, rate)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             # All files are closed before the first gets its name.
-            places = [self.folder / f"{target}.wav" for target in self.targets]
+            suffix = self.form[-1].suffix
+            places = [self.folder / f"{target}.{suffix}" for target in self.targets]
             paths = [stack.enter_context(atomic_path(place)) for place in places]
-            writers = [stack.enter_context(WavWriter(path, *self.form)) for path in paths]
+            writers = [stack.enter_context(SoundWriter(path, *self.form)) for path in paths]
             self.files = dict(zip(self.targets, writers, strict=True))
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
         self.stack.__exit__(*error)
-        if self.clipped and error[0] is None:
-            clipped = plural(self.clipped, "sample")
-            print(f"{self.folder}: {clipped} clipped at full scale in these files; see --float32")
+        clipped = sum(file.clipped for file in self.files.values())
+        if clipped and error[0] is None:
+            samples = plural(clipped, "sample")
+            print(f"{self.folder}: {samples} clipped at full scale in these files; see --float32")
 
     def write(self, estimates: dict[str, np.ndarray]) -> None:
         """Append target -> (channels, T)."""
         for target, estimate in estimates.items():
-            samples = estimate.T
-            if not self.float32:
-                samples, clipped = to_16_bits(samples)
-                self.clipped += clipped
-            self.files[target].write(samples)
+            self.files[target].write(estimate.T)
+
+
+@cache
+def say_rate(form: str, rate: int) -> None:
+    """Say where a format lacks a rate, once in a process."""
+    nearest = FORMATS[form].find_rate(rate)
+    if nearest != rate:
+        report(f"{form} has no rate of {rate} Hz; such estimates are written at {nearest} Hz")

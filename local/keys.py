@@ -78,6 +78,7 @@ KEYS = {
         "memory": Key(str, choices=MEMORY),
         "fast": Key(str, choices=FAST),
         "valid_method": Key(str, choices=("full", "overlap-add")),
+        "examples": Key(int, least=0, is_free=True),
         "max_steps": Key(int, limit=True),
         "max_skipped_steps": Key(int, least=1, is_free=True),
         "checkpoint_every": Key(str, is_free=True),

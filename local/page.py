@@ -90,10 +90,11 @@ def make_page(
     from local.eval.out import report_failed_access
     from local.listen.build import check_room, plan_tracks, reckon_bytes, show_bytes, write_page
     from local.listen.dataset import find_references
-    from local.listen.folder import check_folder, replaced_folder
+    from local.listen.folder import check_folder
     from local.listen.overview import make_overview
     from local.listen.runs import find_missing_audio, read_runs
     from local.listen.signals import Options
+    from local.tools.files import replaced_folder
 
     check_folder(out)
     runs, rate = read_runs(folders)
@@ -109,7 +110,9 @@ def make_page(
     print(
         *find_missing_audio(runs), sep="\n", end="\n" * bool(find_missing_audio(runs)), flush=True
     )
-    with report_failed_access(out, out.absolute().parent), replaced_folder(out) as folder:
+    parent = next(path for path in out.absolute().parents if path.is_dir())
+    with report_failed_access(parent), replaced_folder(out) as folder:
+        folder.mkdir()
         write_page(plans, folder, options, jobs or choose_jobs())
     print(f"To see and hear: open {printable(out / 'index.html')}")
 

@@ -14,26 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from local.estimates import list_targets, name_targets
+from local.lift.remix import mix
 from local.musdb18_tracks import TARGETS
 from local.streaming import StreamingConvTasNet
 from local.tools.choices import PRECISIONS
 from local.tools.command_line import CLOSED_PIPE, INTERRUPTED, UserError
 
 PIPE_SIZE = 2**16  # bytes
+REMIX_BLOCK = 20.0  # ms
 SHORTEST_PACE, PAUSE = 5, 60  # seconds: of audio that is judged, and between two notes
 
 
 def separate_stream(
-    model: nn.Module, target: str, block_ms: float | None = None, precision: str = PRECISIONS[0]
+    model: nn.Module,
+    target: str,
+    block_ms: float | None = None,
+    precision: str = PRECISIONS[0],
+    alpha: float | None = None,
 ) -> int:
     """Separate stdin until it ends or Ctrl-C is pressed.
 
     Args:
         model: see `StreamingConvTasNet`.
         target: what the model gives, see `list_targets`; or "both": the channels of vocals, then
-            those of accompaniment.
-        block_ms: how much is separated at a time; None: what the pipe holds.
+            those of accompaniment; or "remix", see `local.lift.remix.mix`.
+        block_ms: how much is separated at a time; None: what the pipe holds, of a remix 20 ms.
         precision: see `StreamingConvTasNet`.
+        alpha: of a remix.
 
     Returns:
         the exit status.
@@ -44,13 +51,15 @@ def separate_stream(
     """
     source, sink = sys.stdin.fileno(), sys.stdout.fileno()
     channels, targets = model.audio_channels, list_targets(model)
-    if target not in (*targets, "both"):
+    if target not in (*targets, "both", "remix"):
         raise UserError(f"--stream {target}: the model gives {', '.join(targets)}; name one")
     try:
         engine = StreamingConvTasNet(model, precision)
     except ValueError as error:
         raise UserError(f"--stream: {error}") from None
     rate, size = model.samplerate, 4 * channels
+    if target == "remix":
+        block_ms = block_ms or REMIX_BLOCK
     block = size * max(1, round(block_ms * rate / 1000)) if block_ms else 0
     in_blocks = f"blocks of {block // size} samples, " if block else ""
     print(
@@ -69,9 +78,9 @@ def separate_stream(
                 start = time.monotonic()
                 estimates = engine.push(samples)
                 pace.add(time.monotonic() - start, samples.shape[-1] / rate)
-                write_samples(sink, estimates, target)
+                write_samples(sink, choose_output(estimates, target, alpha))
             interrupted = is_readable(interrupt)
-        write_samples(sink, engine.flush(), target)
+        write_samples(sink, choose_output(engine.flush(), target, alpha))
     except BrokenPipeError:
         return CLOSED_PIPE
     except OSError as error:
@@ -161,11 +170,17 @@ def is_readable(descriptor: int) -> bool:
     return bool(select.select([descriptor], [], [], 0)[0])
 
 
-def write_samples(sink: int, sources: Tensor, target: str) -> None:
-    """Write (C, channels, T) estimates as interleaved float32."""
+def choose_output(sources: Tensor, target: str, alpha: float | None) -> np.ndarray:
+    """(C, channels, T) -> (channels of the output, T)."""
     estimates = name_targets(sources.cpu())
+    if target == "remix":
+        return mix(*map(estimates.get, TARGETS), alpha)
     names = TARGETS if target == "both" else (target,)
-    chosen = np.concatenate([estimates[name] for name in names])
-    samples = memoryview(chosen.T.astype(np.float32).tobytes())
+    return np.concatenate([estimates[name] for name in names])
+
+
+def write_samples(sink: int, output: np.ndarray) -> None:
+    """Write (channels, T) as interleaved float32."""
+    samples = memoryview(output.T.astype(np.float32).tobytes())
     while samples:
         samples = samples[os.write(sink, samples) :]

@@ -9,9 +9,6 @@ come, with a causal model.
 
 from __future__ import annotations
 
-import math
-import os
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -21,19 +18,20 @@ if not __package__:  # run as a script: Python puts this folder on its path, not
     sys.path[0] = str(Path(__file__).parents[1])
 
 from local.musdb18_tracks import SOURCES, TARGETS
-from local.tools.choices import add_method_flags
+from local.songs.flags import (
+    add_song_flags,
+    choose_device,
+    find_device_faults,
+    find_input_faults,
+)
 from local.tools.command_line import (
     OneLineParser,
-    UserError,
     cleaning_up_on_sigterm,
     clear_errors,
-    plural,
     raise_together,
-    suggest_path,
 )
-from local.tools.ffmpeg import need_ffmpeg
-from local.tools.memory import free_memory, is_out_of_memory
-from local.tools.progress import add_progress_flags, report, set_progress
+from local.tools.formats import choose_format
+from local.tools.progress import set_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,29 +51,18 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m local.separate", description=__doc__)
     add = parser.add_argument
-    add("songs", nargs="*", type=Path, metavar="SONG", help="audio file, or folder of them")
-    add(
-        "--checkpoint",
-        type=os.path.expanduser,
-        required=True,
-        help="a run's folder, best_model.pth, .ckpt, save_pretrained folder or hub name",
-    )
-    add("-o", "--out", type=Path, default="separated", help="folder to write to [%(default)s]")
-    add("--overwrite", action="store_true", help="separate songs again that are in OUT already")
-    add("--float32", action="store_true", help="write 32-bit float wav instead of 16-bit")
-    add("-d", "--device", help="cpu, cuda, cuda:1, ... [cuda where torch finds a GPU, else cpu]")
-    add_method_flags(parser)
-    add_progress_flags(parser)
+    add_song_flags(parser, out="separated")
     add(
         "--stream",
         nargs="?",
         const="vocals",
-        choices=(*TARGETS, *SOURCES[1:], "both"),
+        choices=(*TARGETS, *SOURCES[1:], "both", "remix"),
         help="read raw float32 samples from stdin, channels interleaved, at the model's rate, and"
         " write this, vocals by default, to stdout; bass, drums, other: by a model of four stems;"
-        " both: vocals' channels, then accompaniment's",
+        " both: vocals' channels, then accompaniment's; remix: as local.enhance, with --alpha",
     )
-    add("--block", type=float, metavar="MS", help="of --stream, in ms [what the pipe holds]")
+    add("--alpha", type=float, metavar="A", help="of --stream remix, from 0 to 1")
+    add("--block", type=float, metavar="MS", help="of --stream [what the pipe holds; remix: 20]")
     return parser
 
 
@@ -85,17 +72,15 @@ def run(args: Namespace) -> int:
     Raises:
         UserError: the flags, the checkpoint or OUT cannot be used.
     """
-    import torch
-
     from local.estimates import check_method_flags, load_separator
     from local.fast.choose import describe_fast
     from local.raw_stream import separate_stream
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or choose_device()
     raise_together(find_faults(args))
     model = load_separator(args.checkpoint).to(args.device)
     if args.stream:
-        return separate_stream(model, args.stream, args.block, args.precision)
+        return separate_stream(model, args.stream, args.block, args.precision, args.alpha)
     check_method_flags(model, args)
     print(f"through {describe_fast(model, args.fast)}")
     return 1 if separate_songs(model, args) else 0
@@ -111,10 +96,16 @@ def find_stream_faults(args: Namespace) -> list[str]:
     faults = []
     if args.songs:
         faults.append(f"--stream reads stdin; omit {args.songs[0]}")
+    if args.format or args.float32:
+        faults.append("--stream writes raw float32 samples; omit --format and --float32")
     if args.block is not None and not 0 < args.block <= LONGEST_BLOCK:
         faults.append(f"--block must be above 0 and at most {LONGEST_BLOCK} ms, got {args.block}")
     if args.fast == "no":
         faults.append("--stream needs the fast path; omit --fast no")
+    if args.stream == "remix" and (args.alpha is None or not 0 <= args.alpha <= 1):
+        faults.append(f"--stream remix needs an --alpha from 0 to 1, got {args.alpha}")
+    if args.stream != "remix" and args.alpha is not None:
+        faults.append("--alpha is for --stream remix; remixes of songs are made by local.enhance")
     for name, file in {"stdin": sys.stdin, "stdout": sys.stdout}.items():
         if file is None or file.isatty():
             kind = "closed" if file is None else "a terminal"
@@ -123,158 +114,65 @@ def find_stream_faults(args: Namespace) -> list[str]:
 
 
 def find_song_faults(args: Namespace) -> list[str]:
-    exists = {song: os.path.isfile(song) or os.path.isdir(song) for song in args.songs}
-    gone = [song for song in args.songs if not exists[song]]
-    faults = [f"no such file or folder: {song}{suggest_path(song)}" for song in gone]
+    faults = find_input_faults(args)
     if not args.songs:
         faults.append("name a SONG, or use --stream")
     if args.block is not None:
         faults.append("--block needs --stream")
-    if args.out.exists() and not args.out.is_dir():
-        faults.append(f"--out: {args.out} is a file; name a folder")
-    try:
-        need_ffmpeg()
-    except UserError as error:
-        faults.append(str(error))
+    if args.alpha is not None:
+        faults.append("--alpha is for --stream remix; remixes of songs are made by local.enhance")
     return faults
 
 
-def find_device_faults(device: str) -> list[str]:
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        return [f"--device must be cpu, cuda, or cuda: and a number, got {device}"]
-    if device == "cpu":
-        return []
-    if not torch.cuda.is_available():
-        return [f"--device {device}: torch finds no GPU; use --device cpu"]
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        return [f"--device {device}: torch finds {torch.cuda.device_count()} GPU(s)"]
-    return []
-
-
 def separate_songs(model: nn.Module, args: Namespace) -> dict[Path, str]:
-    """Separate all songs into folders of OUT.
-
-    Returns:
-        song, or a folder or link that cannot be read -> its fault; of a song, also where it could
-        be separated in part.
-
-    Raises:
-        UserError: there is no song, or OUT cannot be written.
-    """
+    """Separate all songs into folders of OUT: see `process_songs`."""
     from local.estimates import describe_settings
-    from local.needs import describe_failure
-    from local.songs.find import check_writable, find_songs
+    from local.songs.batch import process_songs
 
-    songs, failures = find_songs(args.songs, args.out)
-    for path, fault in failures.items():
-        report(f"{path}: {fault}", sys.stderr)
-    check_writable(args.out)
     settings = describe_settings(args, model)
-    on_cpu = "" if args.device == "cpu" else "--device cpu"
-    done = {False: 0, True: 0}
-    for number, (folder, song) in enumerate(songs.items(), start=1):
-        title = f"[{number}/{len(songs)}] {song.name}"
-        try:
-            done[separate_missing(model, song, folder, args, title, settings)] += 1
-        except Exception as error:
-            failures[song] = describe_failure(error, args, on_cpu)
-            report(f"{title}: {failures[song]}", sys.stderr)
-    faults = f", {len(failures)} with faults" if failures else ""
-    separated = plural(done[True], "song")
-    report(f"{separated} separated to {args.out}, {done[False]} there already{faults}")
-    return failures
+
+    def process(song: Path, folder: Path, title: str) -> bool:
+        return separate_song(model, song, folder, args, title, settings)
+
+    return process_songs(args, process, "separated")
 
 
-def separate_missing(
+def separate_song(
     model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, settings: dict
 ) -> bool:
-    """Separate a song whose estimates are not there yet, and return whether they were not.
+    """Write the estimates of a song, with its length, sampling rate and number of channels, and
+    what made them: see `songs.record`.
 
     Args:
         settings: see `estimates.describe_settings`.
 
-    Raises:
-        UserError: the folder has estimates of another song, or by other settings; or see
-            `separate_song`.
-    """
-    from local.estimates import list_targets
-    from local.songs.record import find_fault, plan_record
-
-    record = plan_record(song, settings, args.float32)
-    is_there = all((folder / f"{name}.wav").is_file() for name in list_targets(model))
-    if args.overwrite or not is_there:
-        separate_song(model, song, folder, args, title, record)
-        return True
-    if fault := find_fault(folder, record):
-        advice = "--overwrite separates it again, --out writes elsewhere"
-        raise UserError(f"{folder} holds {fault}; {advice}")
-    report(f"{title}: is in {folder} already; --overwrite separates it again")
-    return False
-
-
-def separate_song(
-    model: nn.Module, song: Path, folder: Path, args: Namespace, title: str, record: dict
-) -> None:
-    """Write the estimates of a song, with its length, sampling rate and number of channels, and
-    what made them: see `songs.record`.
+    Returns:
+        whether they were not there yet.
 
     Raises:
-        UserError: the folder cannot be written, memory is too small, or the song cannot be read, or
-            only in part; the part that can be read is separated.
+        UserError: the folder has estimates of another song, or by other settings, or cannot be
+            written; memory is too small; or the song cannot be read, or only in part: then that
+            part is separated.
     """
-    import torch
-
-    from local.estimates import EstimateWriter, list_settings, list_targets, progress_bar
-    from local.inference import separate_blocks
-    from local.songs.convert import read_mixture, restore
+    from local.estimates import EstimateWriter, list_targets
+    from local.songs.batch import writing_to
     from local.songs.read import SongReader
-    from local.songs.record import save_record
+    from local.songs.record import is_made, plan_record, save_record
+    from local.songs.separation import SongSeparation
 
-    reader, rate, targets = SongReader(song), model.samplerate, list_targets(model)
-    mixture = read_mixture(reader, rate)
-    seconds = reader.expected / reader.rate if reader.expected else math.inf
-    if args.method == "full":
-        mixture = [torch.cat(list(mixture), dim=-1)]
-        seconds = mixture[0].shape[-1] / rate
-    memory = check_memory(model, seconds, args)
-    if args.method == "full":
-        report(f"{title}: {memory}")
-    samples = reader.expected and round(reader.expected * rate / reader.rate)
-    try:
-        with (
-            progress_bar(title, samples, rate) as bar,
-            EstimateWriter(folder, reader.rate, reader.channels, args.float32, targets) as writer,
-        ):
-            blocks = separate_blocks(model, mixture, *list_settings(args, bar.update))
-            for estimates in restore(blocks, targets, rate, reader):
+    targets, form = list_targets(model), choose_format(args)
+    record = plan_record(song, settings, form)
+    if is_made(folder, targets, record, args.overwrite):
+        return False
+    reader = SongReader(song)
+    separation = SongSeparation(model, reader, args, title)
+    with writing_to(folder):
+        with EstimateWriter(folder, reader.rate, reader.channels, form, targets) as writer:
+            for estimates in separation.read():
                 writer.write(estimates)
         save_record(folder, record | {"damage": reader.damage or ""})
-    except OSError as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from None
-    if reader.note:
-        report(f"{title}: {reader.note}")
-    if reader.damage:
-        raise UserError(f"damaged; separated what ffmpeg could read: {reader.damage}")
-
-
-def check_memory(model: nn.Module, seconds: float, args: Namespace) -> str:
-    """Return what memory the separation of a song needs, and finds.
-
-    Raises:
-        UserError: that is too little.
-    """
-    from local.needs import advise_on_memory, separation_bytes
-
-    in_blocks = args.method != "full"
-    needed, free = separation_bytes(model, seconds, args, in_blocks), free_memory()
-    memory = f"about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB free"
-    if needed > free:
-        raise UserError(f"--method {args.method} needs {memory}{advise_on_memory(args)}")
-    return f"--method {args.method} needs {memory}"
+    separation.report_end()
+    return True
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class MusicSystem(System):
     grad_norm = None  # before it was clipped
     step_skipped = None  # 1 if that was not finite, else 0
     _sdr_sum = 0  # see `sum_sdr`
+    _estimates = None  # of a validation batch, until its step ends
 
     @staticmethod
     def config_to_hparams(dic):
@@ -63,6 +64,7 @@ class MusicSystem(System):
             )
         if not train:
             self._sdr_sum += sum_sdr(estimates, targets)
+            self._estimates = estimates
         return self.loss_func(estimates, targets)
 
     def _separate_tracks(self, mixtures: Tensor) -> Tensor:
@@ -76,19 +78,22 @@ class MusicSystem(System):
 
     def on_validation_epoch_start(self):
         self._val_sum = torch.zeros(2, device=self.device)  # of the losses, and how many
-        self._targets = TARGETS if self.config["data"]["mix_background"] else SOURCES
-        self._sdr_sum = torch.zeros(2, len(self._targets), device=self.device)
+        self.targets = TARGETS if self.config["data"]["mix_background"] else SOURCES
+        self._sdr_sum = torch.zeros(2, len(self.targets), device=self.device)
 
     def validation_step(self, batch, batch_nb):
+        """Gives callbacks the estimates, (M, C, 2, T)."""
         loss = self.common_step(batch, batch_nb, train=False)
         self._val_sum += torch.stack([loss, torch.ones_like(loss)])
+        estimates, self._estimates = self._estimates, None
+        return estimates
 
     def on_validation_epoch_end(self):
         # Lightning's own mean is wrong where ranks have unequal numbers of tracks.
         total, count = self.trainer.strategy.reduce(self._val_sum, reduce_op="sum")
         self.log("val_loss", total / count, prog_bar=True, sync_dist=True, batch_size=1)
         totals, counts = self.trainer.strategy.reduce(self._sdr_sum, reduce_op="sum")
-        for target, sdr in zip(self._targets, totals / counts, strict=True):
+        for target, sdr in zip(self.targets, totals / counts, strict=True):
             self.log(f"val_sdr_{target}", sdr, sync_dist=True, batch_size=1)
 
     def configure_gradient_clipping(

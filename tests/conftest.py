@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ FIXED = [
     *["--fast", "auto", "--valid_method", "full", "--max_valid_tracks", "-1", "--max_steps", "-1"],
     *["--max_skipped_steps", "100", "--checkpoint_every", "30 min", "--lr_patience", "5"],
     *["--patience", "20", "--keep_best", "10", "--loss", "l1", "--clip_norm", "5", "--ema", "0"],
-    *["--optimizer", "adam", "--weight_decay", "0", "--mix_tracks", "yes"],
+    *["--examples", "0", "--optimizer", "adam", "--weight_decay", "0", "--mix_tracks", "yes"],
     *["--gain_min", "0.25", "--gain_max", "1.25", "--swap", "0.5"],
 ]
 TINY_RUN = [
@@ -115,6 +116,11 @@ def write_song(path: Path, rate=16000, channels=2, seconds=0.7, seed=0) -> np.nd
 slow = pytest.mark.skipif(
     "RECIPE_SLOW_TESTS" not in os.environ,
     reason="takes minutes; RECIPE_SLOW_TESTS=1 in the environment runs it",
+)
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="no onnx, onnxscript and onnxruntime: see requirements.txt",
 )
 
 # run.sh would otherwise make and fill another environment.
@@ -201,6 +207,13 @@ def load_golden_model(name: str) -> tuple[ConvTasNetStereo, dict]:
     model = ConvTasNetStereo(**json.loads(metadata["config"])).eval()
     model.load_state_dict(state)
     return model, tensors
+
+
+@functools.cache
+def read_lift() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(signals (2, T) of a lift by the challenge's libraries at 44,100 Hz, facts on them)."""
+    with safe_open(GOLDEN / "lift.safetensors", "numpy") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def model_confs(**kinds: st.SearchStrategy) -> st.SearchStrategy:

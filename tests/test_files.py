@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from local.tools.files import is_foreign, make_absolute
+from local.tools.files import is_foreign, make_absolute, replaced_folder
 
 
 @pytest.mark.smoke
@@ -32,3 +32,15 @@ def test_absolute_paths_hold_no_dots_and_keep_links(tmp_path, monkeypatch):
     for path, meant in expected.items():
         wanted = tmp_path.parent / "a" if meant == "../a" else tmp_path / meant
         assert make_absolute(path) == str(wanted)
+
+
+def test_of_a_run_that_was_killed_the_old_folder_stays(tmp_path):
+    old = tmp_path / ".page.old.tmp"  # where it is while the new one takes its place
+    old.mkdir()
+    (old / "index.html").write_text("old")
+    with pytest.raises(ValueError), replaced_folder(tmp_path / "page"):
+        raise ValueError
+    assert (tmp_path / "page" / "index.html").read_text() == "old"
+    with replaced_folder(tmp_path / "page") as folder:
+        folder.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["page"]

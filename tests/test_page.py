@@ -17,9 +17,7 @@ from local.listen.analysis import COLUMNS, MELS, analyse, find_loudest, find_pea
 from local.listen.audio import encode, most_bytes
 from local.listen.build import TEMPLATES
 from local.listen.charts import choose_range, describe_box, draw_line, draw_spark, find_passages
-from local.listen.folder import replaced_folder
 from local.page import main
-from local.tools.command_line import UserError
 
 NAMES = ["A - Song", HOSTILE]
 
@@ -294,31 +292,15 @@ def test_a_page_without_room_is_not_begun(run, tmp_path, monkeypatch, error_of):
     assert not (tmp_path / "page").exists()
 
 
-def test_a_run_killed_between_the_renames_gets_its_old_page_back(tmp_path):
-    (tmp_path / ".page.old").mkdir()
-    (tmp_path / ".page.old" / "index.html").write_text("old")
-    with pytest.raises(UserError), replaced_folder(tmp_path / "page"):
-        raise UserError("stop")
-    assert (tmp_path / "page" / "index.html").read_text() == "old"
-
-
 # Parts
 
 
 def test_loudness_is_that_of_the_standard():
     # ITU-R BS.1770: 997 Hz at full scale in one channel is at -3.01 LUFS.
-    time = np.arange(48_000) / 48_000
+    time = np.arange(10 * 48_000) / 48_000
     one_channel = np.stack([np.sin(2 * np.pi * 997 * time), 0 * time])
-    assert analyse(one_channel, 48_000).loudness == pytest.approx(-3.01, abs=0.15)
-    assert analyse(one_channel / 10, 48_000).loudness == pytest.approx(-23.01, abs=0.15)
+    assert analyse(one_channel, 48_000).loudness == pytest.approx(-3.01, abs=0.05)
     assert analyse(0 * one_channel, 48_000).loudness == -np.inf
-
-
-def test_silence_does_not_count_for_loudness():
-    noise = np.random.default_rng(0).normal(0, 0.1, (2, 3 * 44_100))
-    half_silent = np.concatenate([noise, 0 * noise], axis=1)
-    expected = analyse(noise, 44_100).loudness
-    assert analyse(half_silent, 44_100).loudness == pytest.approx(expected, abs=0.5)
 
 
 def test_matched_signals_are_equally_loud():

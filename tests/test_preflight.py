@@ -16,7 +16,7 @@ from local.train.preflight import check_files, describe_versions
 from local.train.run_folder import count_needed_bytes, find_existing_parent, find_folder_faults
 
 Usage = namedtuple("Usage", "free")
-TRAINING = {"keep_best": 10, "ema": 0.0}
+TRAINING = {"keep_best": 10, "ema": 0.0, "examples": 0, "epochs": 200}
 
 
 def cut(path, share=0.9) -> None:
@@ -99,9 +99,12 @@ def test_what_a_run_writes_is_what_it_says(experiment):
     assert count_needed_bytes(Path("new"), TRAINING, 0) == run_folder.LOG_BYTES
     whole = 13 * 12 * parameters + 2 * 4 * parameters
     assert count_needed_bytes(Path("new"), TRAINING, parameters) == run_folder.LOG_BYTES + whole
-    more = {"keep_best": 20, "ema": 0.9}
+    more = {**TRAINING, "keep_best": 20, "ema": 0.9}
     whole = 23 * 16 * parameters + 2 * 4 * parameters
     assert count_needed_bytes(Path("new"), more, parameters) == run_folder.LOG_BYTES + whole
+    heard = {**TRAINING, "examples": 2, "epochs": 3}
+    examples = count_needed_bytes(Path("new"), heard, 0) - run_folder.LOG_BYTES
+    assert examples == 2 * 3 * run_folder.EXAMPLE_BYTES
     written = sum(path.stat().st_size for path in checkpoints)
     much = 10_846_800
     new, resumed = (count_needed_bytes(path, TRAINING, much) for path in (Path("new"), experiment))

@@ -10,15 +10,20 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile as sf
 import stempeg
+import torch
 from conftest import (
     RATE,
     ROOT,
     TINY_RUN,
     TRAIN_NAMES,
     copy_project,
+    forward,
+    make_stems,
+    needs_onnx,
     needs_venv,
     random_model,
     slow,
@@ -26,14 +31,17 @@ from conftest import (
     write_song,
     write_track,
 )
+from test_scenes import needs_compressor, write_package
 
 from local.checkpoint import load_model
 from local.eval.results import METRICS
+from local.share.onnx_file import export_onnx
 
 READMES = {
     path: (ROOT / path).read_text(encoding="utf-8")
     for path in ("README.md", "local/README.md", "tests/README.md")
 }
+HUB_MODEL = dict(N=8, L=20, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
 HUB = "cadenzachallenge/ConvTasNet_LyricsSeparation_"
 
 
@@ -65,8 +73,11 @@ SMALLER = {
     "python eval.py": [],
     "python -m local.compare": [],
     "python -m local.page": [],
+    "python -m local.publish": [],
     "python -m local.score": [],
     "python -m local.separate": [],
+    "python -m local.enhance": [],
+    "python -m local.enhance --scenes": [],
     "python tests/benchmark.py separate": ["--lengths", "0.1", "--longest", "0", *TINY_BENCHMARK],
     "python tests/benchmark.py stream": ["--seconds", "0.3", "--blocks", "5", *TINY_BENCHMARK[2:]],
     "python tests/benchmark.py train": ["--seconds", "0.1", "--compile", "no", *TINY_BENCHMARK],
@@ -74,6 +85,7 @@ SMALLER = {
     "python tests/benchmark.py score": "--lengths 1 --repeats 1 --tracks 2".split(),
     "ffmpeg": [],
     "python -m local.stems": [],
+    "python -m local.export": [],
     "python -m local.convert": ["--sample_rate", str(RATE)],
     "python -m local.demo_musdb18": ["--seconds", "3", "--tracks", "1"],
 }
@@ -95,8 +107,7 @@ def checkout(tmp_path_factory, experiment) -> Path:
         (folder / "SONGS").mkdir(exist_ok=True)
         write_song(folder / name, seed=number)
     hub = {"NonCausal": load_model(experiment / "best_model.pth")}
-    conf = dict(N=8, L=20, B=8, H=8, X=2, R=1, C=2, audio_channels=2, samplerate=RATE)
-    hub["Causal"] = random_model({**conf, "causal": True, "norm_type": "cLN"})
+    hub["Causal"] = random_model({**HUB_MODEL, "causal": True, "norm_type": "cLN"})
     for kind, model in hub.items():
         repository = folder / "hub" / f"models--{(HUB + kind).replace('/', '--')}"
         model.save_pretrained(repository / "snapshots" / "1")
@@ -116,6 +127,8 @@ def run(words: list[str], checkout: Path) -> subprocess.CompletedProcess:
 def find_marks(command: str) -> list[pytest.MarkDecorator]:
     # test_benchmark.py measures the same in its own process.
     marks = {"./run.sh": needs_venv, "python tests/benchmark.py": slow}
+    marks["python -m local.enhance --scenes"] = needs_compressor
+    marks["python -m local.export"] = needs_onnx
     return [mark for start, mark in marks.items() if command.startswith(start)]
 
 
@@ -144,6 +157,11 @@ def test_the_command_works(command, checkout, experiment, tmp_path):
         (tmp_path / "MUSDB18" / "train").mkdir(parents=True)
         shutil.copy(stempeg.example_stem_path(), tmp_path / "MUSDB18" / "train")
         words = [str(tmp_path / w) if w.startswith("MUSDB18") else w for w in words]
+    if kind == "python -m local.enhance --scenes":
+        write_package(tmp_path / "METADATA", tmp_path / "AUDIO")
+        random_model({**HUB_MODEL, "samplerate": 44100}).save_pretrained(tmp_path / "model")
+        words = [str(tmp_path / w) if w in ("METADATA", "AUDIO", "DIR") else w for w in words]
+        words[words.index(str(tmp_path / "exp/best_model.pth"))] = str(tmp_path / "model")
     if kind == "python -m local.score":
         for number, track in enumerate((checkout / "MUSDB18" / "test").iterdir()):
             write_track(tmp_path / "exp" / "OUT" / track.name, seconds=2.3, seed=number)
@@ -172,12 +190,31 @@ def test_the_python_examples_work(checkout):
     shutil.copy(mixture, checkout / "mixture.wav")
     # Of the stream, the last block is left: what the 9,999 frames of 100,000 samples do not end.
     lengths = (sf.info(mixture).frames, 10, 4000)
-    for example, samples in zip(blocks("python"), lengths, strict=True):
+    examples = [block for block in blocks("python") if "import onnxruntime" not in block]
+    for example, samples in zip(examples, lengths, strict=True):
         small = example.replace("44100", str(RATE)).replace("220_500", "4000")
         code = small + "\nprint(*vocals.shape, *accompaniment.shape)"
         (checkout / "example.py").write_text(code)
         result = run([sys.executable, "example.py"], checkout)
         assert result.stdout == f"2 {samples} 2 {samples}\n", result.stderr
+
+
+@needs_onnx
+def test_the_example_without_pytorch_works(checkout, tmp_path):
+    (example,) = [block for block in blocks("python") if "import onnxruntime" in block]
+    assert len(example.splitlines()) <= 40
+    model = load_model(next(checkout.glob("hub/*_Causal/snapshots/1")))
+    export_onnx(next(checkout.glob("hub/*_Causal/snapshots/1")), tmp_path / "stream.onnx", True)
+    for length in (20, 4001, 4010):
+        mixture = make_stems(length / RATE, RATE, 0)["mixture"] / 32768
+        sf.write(tmp_path / "mixture.wav", mixture, RATE, "FLOAT")
+        code = f"import sys; sys.modules['torch'] = None\n{example}"
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        written = [sf.read(tmp_path / f"{name}.wav")[0].T for name in ("vocals", "accompaniment")]
+        mixture = torch.from_numpy(mixture.T).float()
+        expected = forward(model, mixture).numpy()
+        assert np.linalg.norm(written - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 @needs_venv
@@ -199,7 +236,8 @@ def test_the_job_for_slurm_works(checkout, tmp_path):
 
 def test_every_flag_they_name_exists():
     named = set(re.findall(r"`(--\w+)", "".join(READMES.values())))
-    modules = [["-m", f"local.{name}"] for name in ("separate", "compare", "page")]
+    names = ("separate", "enhance", "compare", "publish", "page")
+    modules = (["-m", f"local.{name}"] for name in names)
     commands = (["train.py"], ["eval.py"], *modules)
     helps = [run([sys.executable, *words, "--help"], ROOT).stdout for words in commands]
     helps.append(run([ROOT / "run.sh", "--help"], ROOT).stdout)

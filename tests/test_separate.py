@@ -171,7 +171,7 @@ def test_what_exists_is_kept_unless_overwritten(flags, tmp_path, capsys):
     before = write_times(tmp_path / "out")
     assert separate_songs(tmp_path / "song.wav", *flags) == 0
     assert write_times(tmp_path / "out") == before
-    assert "--overwrite separates it again" in capsys.readouterr().out
+    assert "--overwrite makes it again" in capsys.readouterr().out
     assert separate_songs(tmp_path / "song.wav", *flags, "--overwrite") == 0
     assert write_times(tmp_path / "out") != before
     # Half of a song, as a killed run leaves it, is no song.
@@ -242,10 +242,10 @@ def test_broken_songs_are_reported_and_the_others_separated(flags, tmp_path, cap
 
 def test_loud_estimates_are_clipped_not_wrapped(tmp_path):
     loud = np.array([[2.0, -2.0, 1.0, -1.0, 0.5, 1 / 32768]] * 2)
-    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=False)
+    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, "wav16")
     audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="int16")
     assert audio[:, 0].tolist() == [32767, -32768, 32767, -32768, 16384, 1]
-    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, float32=True)
+    save_estimates(tmp_path / "t", {"vocals": loud}, RATE, "float32")
     audio, _ = sf.read(tmp_path / "t" / "vocals.wav", dtype="float32")
     np.testing.assert_array_equal(audio.T, loud.astype(np.float32))
 
@@ -373,7 +373,7 @@ def test_a_song_without_memory_does_not_stop_the_others(
     def separate_or_fail(model, song, *args):
         if song.stem == "b":
             raise error
-        separate_song(model, song, *args)
+        return separate_song(model, song, *args)
 
     monkeypatch.setattr(command, "separate_song", separate_or_fail)
     assert separate_songs(tmp_path, *flags) == 1
@@ -389,7 +389,7 @@ def test_full_says_what_memory_it_needs_and_is_not_tried_without(
     write_song(tmp_path / "song.wav")
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full") == 0
     assert "--method full needs about 0.1 GB of memory" in capsys.readouterr().out
-    monkeypatch.setattr(command, "free_memory", lambda: 10_000_000)
+    monkeypatch.setattr("local.songs.separation.free_memory", lambda: 10_000_000)
     assert separate_songs(tmp_path / "song.wav", *flags, "--method", "full", "--overwrite") == 1
     error = capsys.readouterr().err
     assert "--method full needs about 0.1 GB" in error and "--method overlap-add" in error
@@ -453,6 +453,10 @@ def test_faults_of_the_arguments(checkpoints, tmp_path, error_of):
         (song, "--method", "fast"): "invalid choice: 'fast'",
         (song, "--stream", "vocals"): "--stream reads stdin",
         (song, "--block", 20): "--block needs --stream",
+        (song, "--alpha", 0.5): "--alpha is for --stream remix",
+        ("--stream", "--alpha", 0.5): "--alpha is for --stream remix",
+        ("--stream", "remix"): "--stream remix needs an --alpha from 0 to 1",
+        ("--stream", "remix", "--alpha", 2): "--stream remix needs an --alpha from 0 to 1, got 2",
         ("--stream", "--block", 0): "--block must be above 0",
         ("--stream", "--block", "nan"): "--block must be above 0",
     }.items():
@@ -517,16 +521,19 @@ def streamed(checkpoint: Path, mixture: torch.Tensor) -> torch.Tensor:
     return torch.cat([engine.push(mixture), engine.flush()], dim=-1)
 
 
-@pytest.mark.parametrize("target", ["vocals", "accompaniment", "both"])
+@pytest.mark.parametrize("target", ["vocals", "accompaniment", "both", "remix"])
 def test_a_stream_is_the_whole_forward(target, checkpoints, mixture, stream):
-    status, out, error = stream(to_bytes(mixture), target)
+    words = ["--alpha", 0.5] if target == "remix" else []
+    status, out, error = stream(to_bytes(mixture), target, *words)
     assert status == 0
     vocals, accompaniment = streamed(checkpoints["causal"], mixture)
     expected = {"vocals": vocals, "accompaniment": accompaniment}
     expected["both"] = torch.cat([vocals, accompaniment])
+    expected["remix"] = 1.25 * vocals + 0.75 * accompaniment
     found = from_bytes(out, channels=len(expected[target]))
     torch.testing.assert_close(found, expected[target], rtol=0, atol=1e-6)
     assert "latency 7 samples (0.4 ms)" in error
+    assert ("blocks of 320 samples" in error) == (target == "remix")  # 20 ms
 
 
 @pytest.mark.parametrize("block", [1, 10, 10_000])

@@ -170,7 +170,7 @@ def test_resampling_in_blocks_equals_resampling_the_whole(length, rate, channels
     audio = np.random.default_rng(length).uniform(-1, 1, (length, channels)).astype(np.float32)
     sf.write(song, audio, rate, "FLOAT")
     reader = SongReader(song)
-    blocks = list(read_mixture(reader, RATE))
+    blocks = list(read_mixture(reader.read_blocks(), reader, RATE))
     mixture = np.concatenate(blocks, axis=1)
     expected = soxr.resample(audio, rate, RATE, "VHQ")
     assert abs(mixture.shape[1] - len(expected)) <= 1

@@ -54,7 +54,7 @@ def values_of(experiment, column: str) -> list[float]:
 def test_a_run_writes_everything_it_promises(experiment, corpus):
     assert {path.name for path in experiment.iterdir()} == {
         *("conf.yml", "checkpoints", "best_k_models.json", "best_model.pth"),
-        *("logs", "tensorboard", "train.log", ".lock"),
+        *("logs", "tensorboard", "train.log", "curves.png", ".lock"),
     }
     conf = yaml.safe_load((experiment / "conf.yml").read_text())
     assert conf["data"]["root"] == str(corpus)
@@ -252,7 +252,7 @@ def test_ctrl_c_within_torch_save_is_no_error_of_its_own(corpus, tmp_path, faili
 
 def test_the_end_of_a_run_waits_for_no_wake_up_that_an_interrupt_took(tmp_path, monkeypatch):
     """Ctrl-C within queue.put can leave the thread that writes for TensorBoard asleep."""
-    logger = make_loggers(tmp_path, None)[0]
+    logger = make_loggers(parse_conf(["--exp_dir", str(tmp_path)]))[0]
     logger.log_metrics({"loss": 1.0}, step=0)
     logger.experiment.flush()
     queue = logger.experiment.file_writer.event_writer._async_writer._byte_queue

@@ -1,12 +1,12 @@
 """A table of the comparison to paste into a README (Markdown) or a paper (LaTeX)."""
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from local.comparison.tables import PUBLISHED_ORIGIN, cell, find_notes, method_notes
 from local.eval.score_files import METRICS, order_targets
+from local.tools.markdown import escape, table
 
 CAPTION = "Medians over tracks of the median over frames, in dB"
 LATEX = {
@@ -43,13 +43,8 @@ def _rows(scores: pd.DataFrame) -> list[list[str]]:
 
 
 def _markdown(rows: list[list[str]], notes: list[str]) -> str:
-    def escape(text: str) -> str:
-        return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)
-
-    lines = [[escape(text) for text in row] for row in rows]
-    lines.insert(1, ["---", "---", *["---:"] * (len(rows[0]) - 2)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return "\n\n".join([table, *map(escape, notes)])
+    escaped = [[escape(text) for text in row] for row in rows]
+    return "\n\n".join([table(escaped, left=2), *map(escape, notes)])
 
 
 def _latex(rows: list[list[str]], notes: list[str]) -> str:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.fft import rfft
-from scipy.signal import freqz
+
+from local.lift.loudness import LoudnessMeter
 
 COLUMNS = 1000  # of a waveform and a spectrogram, at most
 MELS = 80
@@ -13,15 +14,7 @@ HOP = WINDOW // 2
 FRAMES = 512  # to transform at a time
 LOWEST, HIGHEST = 30, 16_000  # Hz
 FLOOR = 1e-10  # of a power
-# K-weighting, ITU-R BS.1770, annex 1: two filters at 48 kHz, (numerator, denominator).
-K_WEIGHTING = (
-    (
-        (1.53512485958697, -2.69169618940638, 1.19839281085285),
-        (1, -1.69065929318241, 0.73248077421585),
-    ),
-    ((1, -2, 1), (1, -1.99004745483398, 0.99007225036621)),
-)
-BLOCK = 0.4  # seconds, for the gates of BS.1770
+BLOCK = 2**18  # samples, for the loudness
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,17 @@ class Analysis:
 
 def analyse(samples: np.ndarray, rate: int) -> Analysis:
     """Analyse samples (channels, T)."""
-    mel, weighted = _measure_powers(samples, rate)
-    mean_powers = _reduce(np.add, mel, COLUMNS, mean=True)
-    decibels = 10 * np.log10(np.maximum(mean_powers, FLOOR))
-    return Analysis(find_peaks(samples), decibels.T, _gate(weighted, rate))
+    powers = _reduce(np.add, _measure_powers(samples, rate), COLUMNS, mean=True)
+    decibels = 10 * np.log10(np.maximum(powers, FLOOR))
+    return Analysis(find_peaks(samples), decibels.T, measure_loudness(samples, rate))
+
+
+def measure_loudness(samples: np.ndarray, rate: int) -> float:
+    """Return the loudness of samples (channels, T) in LUFS; -inf for silence."""
+    meter = LoudnessMeter(rate, len(samples))
+    for start in range(0, samples.shape[1], BLOCK):
+        meter.add(samples[:, start : start + BLOCK].T)
+    return meter.measure()
 
 
 def find_peaks(samples: np.ndarray) -> np.ndarray:
@@ -79,29 +79,21 @@ def find_loudest(samples: np.ndarray, rate: int, seconds: int) -> int:
     return int(np.argmax(np.convolve(powers, np.ones(seconds), "valid")))
 
 
-def _measure_powers(samples: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the powers of frames: (frames, MELS), and K-weighted (frames,), summed over channels.
+def _measure_powers(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Return the powers of frames (frames, MELS), summed over channels.
 
     Frame k is around sample k * HOP.
     """
-    frequencies = np.fft.rfftfreq(WINDOW, 1 / rate)
-    filters = mel_filters(frequencies, min(HIGHEST, rate / 2))
-    weights = np.ones_like(frequencies)
-    for numerator, denominator in K_WEIGHTING:
-        at = np.minimum(frequencies, 24_000)
-        weights *= np.abs(freqz(numerator, denominator, at, fs=48_000)[1]) ** 2
+    filters = mel_filters(np.fft.rfftfreq(WINDOW, 1 / rate), min(HIGHEST, rate / 2))
     window = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
-    weights *= 2 / (WINDOW * np.square(window).sum())  # both halves of the spectrum
     padded = np.pad(samples.astype(np.float32), ((0, 0), (WINDOW // 2, WINDOW)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=1)[:, ::HOP]
     frames = frames[:, : samples.shape[1] // HOP + 1]
-    mel, weighted = [], []
+    mel = []
     for start in range(0, frames.shape[1], FRAMES):
         spectra = rfft(frames[:, start : start + FRAMES] * window)
-        powers = (spectra.real**2 + spectra.imag**2).sum(0)
-        mel.append(powers @ filters)
-        weighted.append(powers @ weights)
-    return np.concatenate(mel), np.concatenate(weighted)
+        mel.append((spectra.real**2 + spectra.imag**2).sum(0) @ filters)
+    return np.concatenate(mel)
 
 
 def mel_filters(frequencies: np.ndarray, highest: float) -> np.ndarray:
@@ -119,22 +111,6 @@ def mel_filters(frequencies: np.ndarray, highest: float) -> np.ndarray:
     nearest = np.abs(frequencies[:, None] - centre).argmin(0)
     filters[nearest[empty], np.flatnonzero(empty)] = 1
     return (filters / filters.sum(0)).astype(np.float32)
-
-
-def _gate(powers: np.ndarray, rate: int) -> float:
-    """Return the loudness of K-weighted powers of frames: the mean of blocks that are not silent,
-    and of these, of those within 10 LU of their mean.
-    """
-    size = max(1, round(BLOCK * rate / HOP))
-    blocks = _reduce(np.add, powers, -(-len(powers) // size), mean=True)
-    blocks = blocks[_decibels(blocks) > -70]
-    if not len(blocks):
-        return -np.inf
-    return float(_decibels(blocks[_decibels(blocks) > _decibels(blocks.mean()) - 10].mean()))
-
-
-def _decibels(power: np.ndarray) -> np.ndarray:
-    return -0.691 + 10 * np.log10(np.maximum(power, FLOOR))
 
 
 def _reduce(function: np.ufunc, values: np.ndarray, parts: int, mean: bool = False) -> np.ndarray:

@@ -10,7 +10,7 @@ import soundfile as sf
 from local.tools.command_line import UserError
 from local.tools.ffmpeg import run_program
 from local.tools.sound_files import describe_fault
-from local.tools.wav import to_16_bits
+from local.tools.wav import to_integers
 
 OPUS_RATE = 128  # kbit/s
 CHANNELS = 2
@@ -29,7 +29,7 @@ def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
         UserError: ffmpeg has no Opus.
     """
     flac = io.BytesIO()
-    sf.write(flac, to_16_bits(samples)[0].T, rate, "PCM_16", format="FLAC")
+    sf.write(flac, to_integers(samples, 16)[0].T, rate, "PCM_16", format="FLAC")
     if form == "flac":
         return flac.getvalue()
     words = f"-i - -c:a libopus -b:a {OPUS_RATE}k -map_metadata -1 -f opus -".split()

@@ -12,9 +12,11 @@ from local.tools.command_line import UserError
 from local.tools.resample import resample
 
 
-def read_mixture(reader: SongReader, rate: int) -> Iterator[Tensor]:
-    """Read a song as stereo blocks (2, T) at `rate` Hz; mono is doubled."""
-    for block in resample(reader.read_blocks(), reader.rate, rate, reader.channels):
+def read_mixture(blocks: Iterable[np.ndarray], reader: SongReader, rate: int) -> Iterator[Tensor]:
+    """Give blocks (T, channels) as a reader reads them two channels (2, T), and `rate` Hz; mono is
+    doubled.
+    """
+    for block in resample(blocks, reader.rate, rate, reader.channels):
         yield torch.from_numpy(np.broadcast_to(block, (len(block), 2)).T.copy())
 
 

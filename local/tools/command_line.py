@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Return the names of the flags that `args` has."""
         untyped = argparse.Namespace(**{action.dest: None for action in self._actions})
         found = vars(self.parse_args(args, untyped))
-        return [name for name, value in found.items() if value is not None]
+        return [name for name, value in found.items() if value not in (None, [])]
 
     def _find_flag(self, name: str) -> str:
         """Return the long flag that is meant by -out, --exp-dir or --exp_dir; "" for none."""

@@ -32,6 +32,13 @@ def run_program(
     return result
 
 
+def list_encoders() -> set[str]:
+    """Return the names of the encoders that ffmpeg has."""
+    command = ["ffmpeg", "-hide_banner", "-encoders"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return {line.split()[1] for line in listed.splitlines() if len(line.split()) > 1}
+
+
 def last_line(output: bytes) -> str:
     """Return the last line of a program's output; "" where there is none."""
     return (output.decode(errors="replace").strip().splitlines() or [""])[-1]

@@ -41,6 +41,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder in place of an older one, which is then removed.
+
+    If the block raises, or a run was killed while it put the new one there, the older one stays.
+    """
+    folder = folder.resolve()
+    old = folder.with_name(f".{folder.name}.old.tmp")  # one with files cannot be renamed to
+    try:
+        _settle(old, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder) as temporary:
+            yield temporary
+            if folder.is_dir():
+                os.replace(folder, old)
+    finally:
+        _settle(old, folder)
+
+
+def _settle(old: Path, folder: Path) -> None:
+    """Put the old folder back where no new one has taken its place, else remove it."""
+    if old.is_dir() and not folder.is_dir():
+        os.replace(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder for this process, until the end of the block or of the process.
 

@@ -5,16 +5,35 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 
+class Resampler:
+    """Resample blocks (T, channels) to float32; joined, they equal the resampled whole."""
+
+    def __init__(self, rate: int, new_rate: int, channels: int):
+        self.channels, self.stream = channels, None
+        if rate != new_rate:
+            import soxr
+
+            form = {"dtype": "float32", "quality": "VHQ"}
+            self.stream = soxr.ResampleStream(rate, new_rate, channels, **form)
+
+    def push(self, block: np.ndarray) -> np.ndarray:
+        """Take the next block, and return what is ready; at the same rate the block itself."""
+        if self.stream is None:
+            return block
+        return self.stream.resample_chunk(np.ascontiguousarray(block, np.float32))
+
+    def flush(self) -> np.ndarray:
+        """Return the rest."""
+        nothing = np.zeros((0, self.channels), np.float32)
+        return nothing if self.stream is None else self.stream.resample_chunk(nothing, last=True)
+
+
 def resample(
     blocks: Iterable[np.ndarray], rate: int, new_rate: int, channels: int
 ) -> Iterator[np.ndarray]:
     """Resample blocks (T, channels) of float32; joined, they equal the resampled whole."""
-    if rate == new_rate:
-        yield from blocks
-        return
-    import soxr
-
-    stream = soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="VHQ")
+    resampler = Resampler(rate, new_rate, channels)
     for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block))
-    yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
+        yield resampler.push(block)
+    if rate != new_rate:
+        yield resampler.flush()

@@ -15,6 +15,7 @@ from local.train.epochs import (
     SkippedSteps,
     StopAtMaxSteps,
 )
+from local.train.examples import Examples
 from local.train.interrupts import Interrupts
 from local.train.start import StartLoss
 
@@ -33,6 +34,7 @@ def make_run_callbacks(conf: dict) -> list[pl.Callback]:
         GradientNorms(),
         EpochStatistics(),
         FreeCachedMemory(),
+        *([Examples(exp_dir, training["examples"])] if training["examples"] else []),
         *([StartLoss()] if training["init"] else []),
         RandomStates(),
         LastCheckpoints(exp_dir / "checkpoints", training["checkpoint_every"], interrupts),

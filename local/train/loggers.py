@@ -1,4 +1,4 @@
-"""The logs of a run: metrics.csv and TensorBoard. A resumed run continues them."""
+"""The logs of a run: metrics.csv, TensorBoard and curves.png. A resumed run continues them."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from local.tools.files import atomic_path
+from local.train.curves import Curves
 
 # The first columns of metrics.csv; whatever else is logged follows them.
 COLUMNS = ("epoch", "step", "train_loss", "val_loss")
@@ -101,12 +102,13 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.file_writer.add_summary(summary)
 
 
-def make_loggers(exp_dir: Path, resumed=None) -> list:
-    """For TensorBoard and metrics.csv.
+def make_loggers(conf: dict, resumed=None) -> list:
+    """For TensorBoard, metrics.csv and curves.png.
 
     Args:
         resumed: as of `resume.find_resumed`.
     """
+    exp_dir = Path(conf["main_args"]["exp_dir"])
     step, metrics = (resumed.step, resumed.metrics) if resumed else (0, "")
     # What a killed run has logged after that step will be logged again.
     settings = dict(purge_step=step, default_hp_metric=False)
@@ -115,4 +117,5 @@ def make_loggers(exp_dir: Path, resumed=None) -> list:
     return [
         TensorBoard(exp_dir, name="tensorboard", version="", flush_secs=1, **settings),
         EpochTable(exp_dir / "logs" / "metrics.csv", metrics),
+        Curves(exp_dir, conf["training"]["loss"]),
     ]

@@ -14,6 +14,7 @@ from local.tracks.track import Place
 from local.train.recipe import ROOT, describe_code
 
 MUSDB18 = "MUSDB18"
+DEMO_DATASET = "synthetic songs of local.demo_musdb18"
 NAMES = Path(__file__).with_name("musdb18_names.txt")  # of the 150 tracks of both splits
 MUSDB18_LICENSE = {
     "title": MUSDB18,
@@ -34,6 +35,10 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
     }
     places = [track.place for track in getattr(system.train_loader.dataset, "tracks", ())]
     dataset = name_dataset(list_roots(system.config["data"]["root"]), places)
+    hours = {
+        name: sum(track.seconds for track in getattr(loader.dataset, "tracks", ())) / 3600
+        for name, loader in loaders.items()
+    }
     infos = {
         "commit": find_commit(),
         "code": describe_code(),
@@ -41,6 +46,7 @@ def describe_origin(system: pl.LightningModule, epoch: int, val_loss: float) -> 
         "epoch": epoch,
         "val_loss": val_loss,
         **tracks,
+        "hours": hours,
     }
     if (training := system.config["training"])["init"]:
         infos["base_model"] = {
@@ -57,17 +63,22 @@ def name_dataset(roots: list[Path], places: list[Place]) -> str:
     among others, whatever a file system does to accents and capitals.
     """
     if all(map(_is_demo, roots)):
-        return "synthetic songs of local.demo_musdb18"
-    known = set(map(_normalise, NAMES.read_text(encoding="utf-8").splitlines()))
-    others = [place for place in places if not _is_musdb18(place, known)]
+        return DEMO_DATASET
+    others = [place for place in places if _is_demo(place.root) or not is_musdb18(place.own_name)]
     tracks = f"tracks of {', '.join(map(str, roots))}"
     if len(others) == len(places):
         return tracks
     return f"{MUSDB18}, and other {tracks}" if others else MUSDB18
 
 
-def _is_musdb18(place: Place, known: set[str]) -> bool:
-    return not _is_demo(place.root) and _normalise(place.own_name) in known
+def is_musdb18(name: str) -> bool:
+    """Whether one of MUSDB18's tracks has that name."""
+    return _normalise(name) in _list_musdb18()
+
+
+@cache
+def _list_musdb18() -> set[str]:
+    return set(map(_normalise, NAMES.read_text(encoding="utf-8").splitlines()))
 
 
 def _is_demo(root: Path) -> bool:

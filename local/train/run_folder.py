@@ -14,11 +14,12 @@ from local.tools.files import atomic_path, locked, make_absolute
 
 MORE_CHECKPOINTS = 3  # than the best: the last two, and one that is being written
 WEIGHT_BYTES = 4  # of a parameter
+EXAMPLE_BYTES = 4.4e6  # of a track in a round, with two targets at 44.1 kHz
 LOG_BYTES = 50e6
 WRITTEN = {
     **dict.fromkeys(("checkpoints", "logs", "tensorboard"), "folder"),
     **dict.fromkeys(("conf.yml", "best_model.pth", "best_k_models.json"), "file"),
-    **dict.fromkeys(("changes.yml", "train.log"), "file"),
+    **dict.fromkeys(("changes.yml", "train.log", "curves.png"), "file"),
 }
 
 
@@ -60,16 +61,19 @@ def find_folder_faults(exp_dir: Path, training: dict, parameters: int) -> list[s
 
 
 def count_needed_bytes(exp_dir: Path, training: dict, parameters: int) -> float:
-    """What the checkpoints and logs of a run take, less the checkpoints that are there.
+    """What the checkpoints, examples and logs of a run take, less those two that are there.
 
     A checkpoint holds the weights, Adam's two averages, and with --ema that of the weights;
-    best_model.pth, which is written anew beside the old one, holds the weights.
+    best_model.pth, which is written anew beside the old one, holds the weights. Examples are
+    written after every epoch where epochs are long, and less often where they are short.
     """
-    written = sum(path.stat().st_size for path in exp_dir.glob("checkpoints/*.ckpt"))
+    there = [*exp_dir.glob("checkpoints/*.ckpt"), *exp_dir.glob("tensorboard/examples/*")]
+    written = sum(path.stat().st_size for path in there)
     checkpoints = training["keep_best"] + MORE_CHECKPOINTS
     copies = checkpoints * (4 if training["ema"] else 3) + 2
     whole = parameters * WEIGHT_BYTES * copies
-    return max(whole - written, 0) + LOG_BYTES
+    examples = EXAMPLE_BYTES * training["examples"] * max(training["epochs"], 0)
+    return max(whole + examples - written, 0) + LOG_BYTES
 
 
 def find_existing_parent(folder: Path) -> Path:

@@ -6,11 +6,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from local.tools.command_line import UserError, brief, describe_error
-from local.tools.progress import copied_to, keep, stamp
+from local.tools.progress import copied_to, keep, report, stamp
 
 
 class RunLog:
@@ -47,6 +47,30 @@ class RunLog:
             if not self._has_failed and sys.stderr is not None:
                 print(f"warning: {self.path} cannot be written: {brief(error)}", file=sys.stderr)
             self._has_failed = True
+
+
+class WarnOnce:
+    """With it, what cannot be written does not end a run: the first time, a warning says so.
+
+    Args:
+        path: the file or folder that is written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._has_warned = path, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            warning = f"warning: {self.path} cannot be written: {brief(error)}"
+            with suppress(OSError):
+                report(warning, sys.stderr)
+        return True
 
 
 @contextmanager
