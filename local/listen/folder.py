@@ -12,9 +12,7 @@ CONTENT = {"index.html", "page.css", "page.js", "tracks"}
 
 
 def check_folder(out: Path) -> None:
-    """Raise a UserError where `out` is neither absent, nor empty, nor a page made here, or cannot be
-    there.
-    """
+    """Raise a UserError unless `out` is absent, and can be made, or empty, or a page made here."""
     parent = next(path for path in out.absolute().parents if os.path.lexists(path))
     if not parent.is_dir():
         raise UserError(f"--out: {parent} is no folder; name another --out")
