@@ -107,9 +107,8 @@ def make_page(
     with_audio = sum(bool(plan.players) for plan in plans)
     tracks = f"{plural(len(plans), 'track')}, {with_audio} with audio"
     print(f"{out}: {tracks}: up to {show_bytes(size)}")
-    print(
-        *find_missing_audio(runs), sep="\n", end="\n" * bool(find_missing_audio(runs)), flush=True
-    )
+    for line in find_missing_audio(runs):
+        print(line, flush=True)
     parent = next(path for path in out.absolute().parents if path.is_dir())
     with report_failed_access(parent), replaced_folder(out) as folder:
         folder.mkdir()
