@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import subprocess
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from local.models import make_model
 from local.tasnet import ConvTasNetStereo
 from local.tools.command_line import UserError
 from local.tools.files import atomic_path, read_yaml, sha256
+from local.tools.weights import load_weights_only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,3 +236,24 @@ def test_the_file_with_the_weights_is_found(tmp_path, conf, model, monkeypatch):
     (repository / ".no_exist" / "1" / "model.safetensors").touch()
     (repository / "snapshots" / "1" / "pytorch_model.bin").touch()
     assert find_weights("me/mine") == repository / "snapshots" / "1" / "pytorch_model.bin"
+
+
+def test_no_flipped_bit_in_the_directory_of_a_file_changes_what_is_read(tmp_path):
+    """Checksums are of what the entries hold; one bit of their attributes made torch skip them."""
+    path = tmp_path / "content.pt"
+    torch.save({"ones": torch.ones(3), "twos": torch.full((2,), 2), "text": "text"}, path)
+    raw, expected, found = path.read_bytes(), repr(load_weights_only(path)), 0
+    with zipfile.ZipFile(path) as file:
+        start = file.start_dir
+    for place in range(start, len(raw)):
+        for bit in range(8):
+            flipped = bytearray(raw)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                content = load_weights_only(path)
+            except Exception:
+                found += 1
+            else:
+                assert repr(content) == expected, (place, bit)
+    assert found > len(raw) - start

@@ -23,6 +23,7 @@ from local import __version__
 from local.tools.command_line import UserError, brief, suggest_path
 from local.tools.files import atomic_path
 
+FOLDER = 0x10  # an attribute of an entry of a zip file
 FILE_SUFFIXES = (".pth", ".ckpt")
 REMEDY = "name a best_model.pth, a .ckpt or a run's folder"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -147,6 +148,9 @@ def load_weights_only(path: Path):
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            # Of what is marked as a folder torch reads nothing, and leaves its tensor unset.
+            if any(entry.external_attr & FOLDER for entry in file.infolist()):
+                raise zipfile.BadZipFile("wrong attributes")
     try:
         # Published files hold torch.__version__ itself, which is a subclass of str.
         with torch.serialization.safe_globals([TorchVersion]):
