@@ -148,6 +148,18 @@ def test_runs_are_side_by_side_with_the_published_scores(tmp_path):
     ):
         assert shown in text
     assert "b/eval: no saved estimates of 1 of 2 tracks" in text
+    assert "<title>Listening page: a/eval, b/eval</title>" in text
+    heading, first, *_ = read_rows(out / "index.html", "tracks")
+    assert first[heading.index("b/eval minus a/eval")] == "+1.00"
+    assert {"gain of a/eval", "gain of b/eval", "Worst 5 s of a/eval (mean)"} <= set(heading)
+    track = out / "tracks/1.html"
+    heading, *rows = read_rows(track)
+    column = heading.index("minus a/eval")
+    of_vocals = {row[1]: row[column] for row in rows if row[0] == "vocals"}
+    assert of_vocals["b/eval"] == "+1.00" and of_vocals["a/eval"] == "–"
+    for shown in ("ISR, dB", "<kbd>1</kbd>–<kbd>7</kbd>", "played at"):
+        assert shown in track.read_text()
+    assert "<kbd>1</kbd>–<kbd>5</kbd>" in (out / "tracks/2.html").read_text()
     assert len([*parse(out / "tracks/1.html").iter("audio")]) == 7
     assert len([*parse(out / "tracks/2.html").iter("audio")]) == 5
 
@@ -156,7 +168,8 @@ def read_rows(file: Path, id_of_section: str = "") -> list[list[str]]:
     """The cells of the rows of all tables, or of those in one section of the overview."""
     found = parse(file)
     sections = [e for e in found.iter("section") if e.get("aria-labelledby") == id_of_section]
-    rows = [row for part in sections or [found] for row in part.iter("tr")]
+    parts = sections if id_of_section else [found]
+    rows = [row for part in parts for row in part.iter("tr")]
     return [[" ".join("".join(cell.itertext()).split()) for cell in row] for row in rows]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from local.eval.score_files import METRICS
 from local.listen.analysis import Analysis, match_loudness
+from local.listen.audio import LAST_BLOCKS
 from local.listen.charts import (
     choose_range,
     choose_ticks,
@@ -48,6 +49,7 @@ def write_track(plan: TrackPlan, folder: Path, options: Options) -> dict:
         "name": plan.name,
         "start": start,
         "seconds": seconds or count_frames(plan),
+        "last": max(0, seconds - LAST_BLOCKS / plan.rate) if players else 0,
         "players": describe_players(players, analyses, plan.number, options),
         "charts": [chart_target(plan, target, window) for target in plan.targets],
         **describe_scores(plan, window),
