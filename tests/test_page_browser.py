@@ -11,12 +11,8 @@ from local.page import main
 
 NAMES = ["A - Song", "B - Song", HOSTILE]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--mute-audio",
-    "--autoplay-policy=no-user-gesture-required",
-]
+AUTOPLAY = "--autoplay-policy=no-user-gesture-required"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--mute-audio", AUTOPLAY]
 STEP = 0.02  # s, by which a switch may move the position
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -50,10 +46,14 @@ def tab(browser) -> Iterator:
         if not request.url.startswith(("file://", "data:")):
             faults.append(f"request to {request.url}")
 
+    def note_failure(request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the page was left meanwhile
+            faults.append(f"no {request.url}")
+
     tab.on("console", lambda message: faults.append(message.text))
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-    tab.on("requestfailed", lambda request: faults.append(f"no {request.url}"))
+    tab.on("requestfailed", note_failure)
     tab.on("request", note_request)
     yield tab
     tab.close()
