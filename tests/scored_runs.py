@@ -15,7 +15,12 @@ HOSTILE = "Z\"><img src=x onerror=alert(1)> & 'שלום' L\u2019été <script>al
 
 
 def write_scored_run(
-    exp: Path, names: list[str], seconds: float = 6, shift: float = 0.0, saved: int = -1
+    exp: Path,
+    names: list[str],
+    seconds: float = 6,
+    shift: float = 0.0,
+    saved: int = -1,
+    method: str = "full",
 ) -> Path:
     """Writes EXP/conf.yml, EXP/data/test/TRACK and EXP/eval with its scores and the estimates of
     the first `saved` tracks; returns EXP/eval. The worst second is the third one.
@@ -27,13 +32,20 @@ def write_scored_run(
     (exp / "conf.yml").write_text(yaml.safe_dump(conf), encoding="utf-8")
     for number, name in enumerate(names):
         track = write_track(exp / "data" / "test" / name, seconds, seed=number)
-        write_scores(exp / "eval", name, number + shift, int(seconds), track)
+        write_scores(exp / "eval", name, number + shift, int(seconds), track, method)
         if saved == -1 or number < saved:
             write_estimates(exp / "eval" / name, track)
     return exp / "eval"
 
 
-def write_scores(out: Path, name: str, level: float, frames: int, track: Path | None = None):
+def write_scores(
+    out: Path,
+    name: str,
+    level: float,
+    frames: int,
+    track: Path | None = None,
+    method: str = "full",
+) -> None:
     """Writes OUT/test/NAME.json, and with the folder of a track its record beside it."""
     (out / "test").mkdir(parents=True, exist_ok=True)
     dB = [level + (-9 if second == 2 else second % 3) for second in range(frames)]
@@ -47,7 +59,7 @@ def write_scores(out: Path, name: str, level: float, frames: int, track: Path | 
     path.write_text(json.dumps({"targets": targets}), encoding="utf-8")
     if track:
         record = {
-            "made_with": {"method": "full", "checkpoint": "ab" * 32},
+            "made_with": {"method": method, "checkpoint": "ab" * 32},
             "files": {f.name: [f.stat().st_size, 1] for f in track.iterdir()},
             "mixture_SDR": {target: {"median": -3.0, "mean": -3.0} for target in TARGETS},
             "saved": "PCM_16",

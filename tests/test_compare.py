@@ -186,7 +186,7 @@ def test_the_medians_of_published_systems(tmp_path):
             assert re.search(rf"^{run} +50 +{median:.3f} ", text, re.MULTILINE)
     # These two published models are known by 15 tracks, which both systems have.
     assert re.search(r"^published causal +15 +5\.733 ", text, re.MULTILINE)
-    assert "the runs hold different tracks, 15 of them in all runs" in text
+    assert "published causal hold different tracks, 15 of them in all" in text
     assert "vocals: in 42 tracks the runs have scores of different frames" in text
     assert "accompaniment: nothing to pair, OpenUnmix or all others" in text
 
@@ -231,7 +231,7 @@ def test_what_is_not_comparable_is_said(tmp_path):
     write_scores(second, "Silent", {"vocals": [np.nan, np.nan]})
     text = compare([first, second], tmp_path / "out", with_published=False)
     assert "vocals: no frame of Silent has a score in second" in text
-    assert "vocals, accompaniment: the runs hold different tracks, 1 of them in all runs" in text
+    assert "vocals, accompaniment: first, second hold different tracks, 1 of them in all" in text
     assert "paired differences are" in text
     assert "scores of different frames" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]

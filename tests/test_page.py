@@ -16,7 +16,7 @@ from local.comparison.runs import read_published
 from local.listen.analysis import COLUMNS, MELS, analyse, find_loudest, find_peaks, match_loudness
 from local.listen.audio import encode, most_bytes
 from local.listen.build import TEMPLATES
-from local.listen.charts import choose_range, describe_box, draw_line, draw_spark, find_passages
+from local.listen.charts import choose_range, describe_box, draw_line, draw_sparks, find_passages
 from local.page import main
 
 NAMES = ["A - Song", HOSTILE]
@@ -51,7 +51,11 @@ def test_a_page_has_all_files_that_it_names(page):
     for file in page.rglob("*.html"):
         found = parse(file)
         links = [e.get(key) for key in ("src", "href") for e in found.iter() if e.get(key)]
-        named = [link.partition("#")[0] for link in links if not link.startswith(("data:", "#"))]
+        named = [
+            link.partition("#")[0]
+            for link in links
+            if not link.startswith(("data:", "#", "https:"))
+        ]
         assert named and all((file.parent / link).is_file() for link in named if link)
 
 
@@ -98,9 +102,9 @@ def test_no_references_needs_no_data_set(run, tmp_path):
 def test_worst_and_best_passages_are_linked_with_their_player(page):
     links = [e.get("href") for e in parse(page / "tracks/1.html").iter("a")]
     # The third second is the worst, and the last has no score.
-    assert "#t=0&p=3" in links and "#t=0&p=5" in links
+    assert "#t=0&p=3&loop" in links and "#t=0&p=5&loop" in links
     index = [e.get("href") for e in parse(page / "index.html").iter("a")]
-    assert "tracks/1.html#t=0&p=3" in index
+    assert "tracks/1.html#t=0&p=3&loop" in index
 
 
 def test_an_excerpt_is_of_the_loudest_vocals_and_its_times_are_those_of_the_song(run, tmp_path):
@@ -134,11 +138,69 @@ def test_runs_are_side_by_side_with_the_published_scores(tmp_path):
     out = tmp_path / "page"
     main([str(first), str(second), "--out", str(out), "--root", str(tmp_path / "a" / "data")])
     text = (out / "index.html").read_text()
-    for shown in ("Paired differences", "+1.00", "published non-causal", "6.84", "(full)"):
+    for shown in (
+        "Paired differences",
+        "+1.00",
+        "published non-causal",
+        "6.84",
+        "(full)",
+        "_NonCausal",
+    ):
         assert shown in text
     assert "b/eval: no saved estimates of 1 of 2 tracks" in text
+    assert "<title>Listening page: a/eval, b/eval</title>" in text
+    heading, first, *_ = read_rows(out / "index.html", "tracks")
+    assert first[heading.index("b/eval minus a/eval")] == "+1.00"
+    assert {"gain of a/eval", "gain of b/eval", "Worst 5 s of a/eval (mean)"} <= set(heading)
+    track = out / "tracks/1.html"
+    heading, *rows = read_rows(track)
+    column = heading.index("minus a/eval")
+    of_vocals = {row[1]: row[column] for row in rows if row[0] == "vocals"}
+    assert of_vocals["b/eval"] == "+1.00" and of_vocals["a/eval"] == "–"
+    for shown in ("ISR, dB", "<kbd>1</kbd>–<kbd>7</kbd>", "played at"):
+        assert shown in track.read_text()
+    assert "<kbd>1</kbd>–<kbd>5</kbd>" in (out / "tracks/2.html").read_text()
     assert len([*parse(out / "tracks/1.html").iter("audio")]) == 7
     assert len([*parse(out / "tracks/2.html").iter("audio")]) == 5
+
+
+def read_rows(file: Path, id_of_section: str = "") -> list[list[str]]:
+    """The cells of the rows of all tables, or of those in one section of the overview."""
+    found = parse(file)
+    sections = [e for e in found.iter("section") if e.get("aria-labelledby") == id_of_section]
+    parts = sections if id_of_section else [found]
+    rows = [row for part in parts for row in part.iter("tr")]
+    return [[" ".join("".join(cell.itertext()).split()) for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("method", ["full", "overlap-add"])
+def test_published_scores_of_another_method_are_shown_and_not_compared(tmp_path, method):
+    name = read_published()["track"].iloc[0]
+    run = write_scored_run(tmp_path / "a", [name, "B - Song"], method=method)
+    main([str(run), "--out", str(tmp_path / "page"), "--no_references"])
+    index, track = tmp_path / "page/index.html", tmp_path / "page/tracks/1.html"
+    is_compared = method == "full"
+    differences = [row for row in read_rows(index, "differences") if "published" in row[1]]
+    assert bool(differences) is is_compared
+    for file in (index, track):
+        assert ("run eval.py --method full" in file.read_text()) is not is_compared
+    assert ("hold different tracks" in index.read_text()) is is_compared
+    assert "not comparable" not in (tmp_path / "page/tracks/2.html").read_text()
+    of_track = {row[1]: row for row in read_rows(track) if row[0] == "vocals"}
+    assert of_track["published non-causal"][2] == "full" and of_track["a/eval"][2] == method
+    assert of_track["a/eval"][7] == "+3.00"
+    assert of_track["published non-causal"][7] == ("+9.84" if is_compared else "–")
+
+
+def test_clipped_samples_are_counted(tmp_path):
+    run = write_scored_run(tmp_path / "exp", ["A", "B"])
+    audio = np.zeros((6 * RATE, 2), np.float32)
+    audio[:3, 0] = 1.5
+    sf.write(run / "A" / "vocals.wav", audio, RATE, "FLOAT")
+    main([str(run), "--out", str(tmp_path / "page")])
+    notes = {n: (tmp_path / f"page/tracks/{n}.html").read_text() for n in (1, 2)}
+    assert "exp/eval, vocals: 3 samples beyond full scale clipped" in notes[1]
+    assert "clipped" not in notes[2]
 
 
 def test_a_run_without_estimates_gives_scores_alone_and_what_to_run(tmp_path, capsys):
@@ -345,7 +407,8 @@ def test_the_loudest_passage(seconds):
 
 def test_flac_holds_16_bits_and_no_more_than_was_told():
     samples = np.random.default_rng(0).integers(-(2**15), 2**15, (2, RATE)) / 32768
-    data = encode(samples, RATE, "flac")
+    data, clipped = encode(samples, RATE, "flac")
+    assert clipped == 0
     assert np.array_equal(sf.read(io.BytesIO(data))[0].T, samples)
     assert len(data) <= most_bytes(1, RATE, "flac") + 20_000
 
@@ -354,8 +417,16 @@ def test_lines_have_gaps_where_a_frame_has_no_score():
     nan = float("nan")
     assert draw_line(np.array([1, 2, nan, 3])) == "M0.5 -1h0L1.5 -2M3.5 -3h0"
     assert draw_line(np.array([nan])) == ""
-    assert draw_spark(np.full(1000, np.nan)) == ""
-    assert draw_spark(np.arange(1000.0)).count("L") < 60
+    paths, _ = draw_sparks({"none": np.full(1000, np.nan), "long": np.arange(1000.0)})
+    assert paths["none"] == "" and 30 < paths["long"].count("L") < 60
+
+
+def test_small_lines_are_within_their_range():
+    deep, flat = np.array([-60.0, 5, np.nan]), np.array([1.0, 2])
+    _, (low, high) = draw_sparks({"a": deep, "b": flat})
+    assert low < -60 and 5 < high < 15
+    _, (low, high) = draw_sparks({"a": np.full(2, np.nan)})
+    assert low < 0 < high
 
 
 def test_the_range_of_a_chart_holds_its_values():
@@ -375,7 +446,12 @@ def test_passages_avoid_frames_without_a_score():
     assert find_passages(sdr)["best"] == (7, 5.0)
     assert find_passages(sdr)["worst"][0] in (1,)
     assert find_passages(np.full(9, np.nan)) == {}
-    assert find_passages(np.array([3.0]))["worst"] == (0, 3.0)
+    assert find_passages(np.array([3.0])) == {"worst": (0, 3.0)}
+
+
+def test_the_best_passage_needs_room_for_two():
+    assert find_passages(np.arange(9.0)).keys() == {"worst"}
+    assert find_passages(np.arange(10.0))["best"] == (5, 7.0)
 
 
 def test_the_script_is_short():

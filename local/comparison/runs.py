@@ -22,6 +22,10 @@ from local.tools.command_line import UserError, plural, suggest_path
 PUBLISHED_FILE = Path(__file__).with_name("published_scores.csv")
 # The published evaluation passes whole tracks through the model. "stream" gives the same numbers.
 PUBLISHED_METHODS = ("full", "stream")
+PUBLISHED_CARDS = {  # run -> its name on the hub
+    "published non-causal": "cadenzachallenge/ConvTasNet_LyricsSeparation_NonCausal",
+    "published causal": "cadenzachallenge/ConvTasNet_LyricsSeparation_Causal",
+}
 SUFFIXES = (".json", ".json.gz")
 TRAINING_FILE = "best_k_models.json"  # of train.py, in EXP
 MOST_DB = 10_000  # no ratio of two float64 numbers is larger

@@ -86,7 +86,7 @@ def find_notes(scores: pd.DataFrame) -> list[str]:
     differing: dict[str, list[str]] = {}  # how the tracks of runs differ -> of which targets
     for target in order_targets(sdr["target"]):
         of_target = sdr[sdr["target"] == target]
-        held = of_target.dropna(subset="median").groupby("run")["track"].agg(frozenset)
+        held = of_target.dropna(subset="median").groupby("run", sort=False)["track"].agg(frozenset)
         if held.nunique() > 1:
             differing.setdefault(_describe_tracks(held, sdr["run"].iloc[0]), []).append(target)
         uneven = (of_target.groupby("track")["nan_share"].nunique() > 1).sum()
@@ -106,8 +106,8 @@ def _describe_tracks(held: pd.Series, baseline: str) -> str:
     """
     shared = frozenset.intersection(*held)
     paired = [held[run] & held.get(baseline, shared) for run in held.index if run != baseline]
-    text = f"the runs hold different tracks, {len(shared)} of them in all runs; medians over"
-    text += " different tracks are not comparable"
+    text = f"{', '.join(held.index)} hold different tracks, {len(shared)} of them in all; medians"
+    text += " over different tracks are not comparable"
     if any(paired):
         return f"{text}, paired differences are"
     text += f", and there are no paired differences: no other run has a track of {baseline}"

@@ -14,6 +14,8 @@ from local.tools.wav import to_integers
 
 OPUS_RATE = 128  # kbit/s
 CHANNELS = 2
+# Chromium hangs after a seek into the third block from the end of FLAC, of 4096 samples each.
+LAST_BLOCKS = 4 * 4096  # samples, into which the page does not seek
 
 
 def most_bytes(seconds: float, rate: int, form: str) -> float:
@@ -22,18 +24,21 @@ def most_bytes(seconds: float, rate: int, form: str) -> float:
     return flac if form == "flac" else seconds * OPUS_RATE * 1000 / 8 * 1.1
 
 
-def encode(samples: np.ndarray, rate: int, form: str) -> bytes:
-    """Return samples (channels, T) as a file of AUDIO_FORMATS; FLAC has 16 bits.
+def encode(samples: np.ndarray, rate: int, form: str) -> tuple[bytes, int]:
+    """Return (samples (channels, T) as a file of AUDIO_FORMATS, how many of them were clipped).
+
+    FLAC has 16 bits; Opus is made of it.
 
     Raises:
         UserError: ffmpeg has no Opus.
     """
     flac = io.BytesIO()
-    sf.write(flac, to_integers(samples, 16)[0].T, rate, "PCM_16", format="FLAC")
+    integers, clipped = to_integers(samples, 16)
+    sf.write(flac, integers.T, rate, "PCM_16", format="FLAC")
     if form == "flac":
-        return flac.getvalue()
+        return flac.getvalue(), clipped
     words = f"-i - -c:a libopus -b:a {OPUS_RATE}k -map_metadata -1 -f opus -".split()
-    return run_program("ffmpeg", *words, stdin=flac.getvalue()).stdout
+    return run_program("ffmpeg", *words, stdin=flac.getvalue()).stdout, clipped
 
 
 def read_audio(path: Path) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import numpy as np
 
 SPARK_POINTS = 60
-SPARK_RANGE = (-10, 20)  # dB
 PASSAGE = 5  # seconds
 
 
@@ -34,14 +33,25 @@ def draw_waveform(peaks: np.ndarray, full_scale: float) -> str:
     return f"M{'L'.join(upper)}L{'L'.join(reversed(lower))}Z"
 
 
-def draw_spark(values: np.ndarray) -> str:
-    """Return the path of a small line of at most SPARK_POINTS, clipped to SPARK_RANGE."""
+def draw_sparks(frames: dict[str, np.ndarray]) -> tuple[dict[str, str], tuple[float, float]]:
+    """Return (run -> the path of a small line of at most SPARK_POINTS, the range of all and 0).
+
+    The range is a tenth wider, so that no line is cut at the edge.
+    """
+    shrunk = {name: _shrink(values) for name, values in frames.items()}
+    found = np.concatenate([np.zeros(1), *shrunk.values()])
+    low, high = np.nanmin(found), max(np.nanmax(found), 1)
+    margin = (high - low) / 20
+    paths = {n: draw_line(v, SPARK_POINTS / max(len(v), 1)) for n, v in shrunk.items()}
+    return paths, (float(low - margin), float(high + margin))
+
+
+def _shrink(values: np.ndarray) -> np.ndarray:
+    """Return the means of at most SPARK_POINTS parts; NaN where a part has no score."""
     step = max(1, -(-len(values) // SPARK_POINTS))
-    padded = np.pad(values, (0, -len(values) % step), constant_values=np.nan)
-    counts = np.isfinite(padded.reshape(-1, step)).sum(1)
-    sums = np.nansum(np.clip(padded, *SPARK_RANGE).reshape(-1, step), axis=1)
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    return draw_line(means, SPARK_POINTS / max(len(means), 1))
+    parts = np.pad(values, (0, -len(values) % step), constant_values=np.nan).reshape(-1, step)
+    counts = np.isfinite(parts).sum(1)
+    return np.where(counts > 0, np.nansum(parts, axis=1) / np.maximum(counts, 1), np.nan)
 
 
 def choose_range(values: Iterable[np.ndarray], most: float = 40) -> tuple[int, int]:
@@ -81,7 +91,8 @@ def find_passages(sdr: np.ndarray) -> dict[str, tuple[int, float]]:
         sdr: (seconds,) dB. A passage has a score in every second, or else in as many as any has.
 
     Returns:
-        "worst" and "best" -> (where it begins in seconds, its mean); {} without scores.
+        "worst", and "best" where two passages have room -> (where it begins in seconds, its mean);
+        {} without scores.
     """
     if len(sdr) == 0 or not np.isfinite(sdr).any():
         return {}
@@ -90,6 +101,7 @@ def find_passages(sdr: np.ndarray) -> dict[str, tuple[int, float]]:
     counts = np.isfinite(windows).sum(1)
     means = np.nansum(windows, axis=1) / np.maximum(counts, 1)
     is_full = counts == counts.max()
-    worst = int(np.argmin(np.where(is_full, means, np.inf)))
-    best = int(np.argmax(np.where(is_full, means, -np.inf)))
-    return {"worst": (worst, float(means[worst])), "best": (best, float(means[best]))}
+    found = {"worst": int(np.argmin(np.where(is_full, means, np.inf)))}
+    if len(sdr) >= 2 * PASSAGE:
+        found["best"] = int(np.argmax(np.where(is_full, means, -np.inf)))
+    return {kind: (start, float(means[start])) for kind, start in found.items()}

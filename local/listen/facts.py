@@ -17,14 +17,9 @@ def describe_run(run: Run) -> dict[str, str]:
     """Return the facts of a run: what they are of -> text; "" where that is not known."""
     facts = {"tracks": str(len(run.scores)), "with audio": str(len(run.estimates))}
     for fact in MADE_WITH:
-        facts[fact] = _count(_find_made_with(record, fact) for record in run.records.values())
+        facts[fact] = _count(run.made_with(track, fact) for track in run.records)
     facts["recipe"] = _count(record.get("version") for record in run.records.values())
     return facts | _describe_training(run.find_conf())
-
-
-def _find_made_with(record: dict, fact: str):
-    made_with = record.get("made_with")
-    return made_with.get(fact) if isinstance(made_with, dict) else None
 
 
 def _count(values: Iterable) -> str:

@@ -7,20 +7,19 @@ import pandas as pd
 
 from local.comparison.runs import find_method_notes, read_published, read_runs
 from local.comparison.statistics import interval, paired_differences
-from local.comparison.tables import PUBLISHED_ORIGIN
 from local.comparison.tables import find_notes as find_score_notes
 from local.eval.score_files import METRICS
 from local.listen.charts import (
     SPARK_POINTS,
-    SPARK_RANGE,
     choose_range,
     choose_ticks,
     describe_box,
-    draw_spark,
+    draw_sparks,
     find_passages,
 )
 from local.listen.facts import describe_run
 from local.listen.players import list_players
+from local.listen.published import METHOD, describe_methods, is_comparable, link_card
 from local.listen.runs import Run, find_mixture, list_targets, list_tracks
 
 
@@ -40,6 +39,27 @@ class Overview:
     @property
     def names(self) -> list[str]:
         return [*(run.name for run in self.runs), *self.published]
+
+    @property
+    def method_note(self) -> str:
+        """What the published scores do not compare with; "" where that is nothing."""
+        return describe_methods(self.runs) if self.published else ""
+
+    @property
+    def has_comparable(self) -> bool:
+        """Whether the published scores are comparable with those of the first run."""
+        return is_comparable(self.runs[0])
+
+    @property
+    def comparable_scores(self) -> pd.DataFrame:
+        """The scores without the published ones where these differ in their method."""
+        table = self.scores
+        return table if self.has_comparable else table[~table["run"].isin(self.published)]
+
+    def show_methods(self, track: str | None = None) -> dict[str, str]:
+        """Return run -> how a track, or all, were separated; "" where that is not known."""
+        methods = {run.name: ", ".join(run.find_methods(track)) for run in self.runs}
+        return methods | dict.fromkeys(self.published, METHOD)
 
     def values(self, name: str, target: str, metric: str) -> np.ndarray:
         """Return the medians over frames of the tracks that have one, in dB."""
@@ -68,19 +88,21 @@ def describe_overview(overview: Overview, with_references: bool) -> dict:
     folders = {run.name: run.folder for run in runs}
     facts = [describe_run(run) for run in runs]
     kinds = dict.fromkeys(kind for of_run in facts for kind, value in of_run.items() if value)
-    notes = find_method_notes(folders, with_published=bool(overview.published))
-    differences = paired_differences(overview.scores)
+    notes = [*filter(None, [overview.method_note]), *find_method_notes(folders, False)]
+    differences = paired_differences(overview.comparable_scores)
     return {
         "names": overview.names,
         "published": overview.published,
-        "published_origin": PUBLISHED_ORIGIN,
+        "cards": [link_card(name) for name in overview.published],
+        "methods": overview.show_methods(),
+        "has_comparable": overview.has_comparable,
         "facts": {kind: [of_run.get(kind, "") for of_run in facts] for kind in kinds},
-        "notes_of_runs": notes + find_score_notes(overview.scores),
+        "notes_of_runs": notes + find_score_notes(overview.comparable_scores),
         "medians": {target: list_medians(overview, target) for target in targets},
         "boxes": {metric: list_boxes(overview, metric, targets) for metric in METRICS},
         "differences": differences.to_dict("records"),
         "tables": {t: list_rows(overview, t, with_references) for t in targets},
-        "spark": {"points": SPARK_POINTS, "range": SPARK_RANGE},
+        "spark_points": SPARK_POINTS,
     }
 
 
@@ -120,8 +142,9 @@ def list_boxes(overview: Overview, metric: str, targets: list[str]) -> list[dict
 
 
 def list_rows(overview: Overview, target: str, with_references: bool) -> list[dict]:
-    """Return a row per track: the SDR of the mixture, of each run with its gain and its course over
-    time, the published SDR, and the worst passage of the first run with a link to it.
+    """Return a row per track: the SDR of the mixture, of each run with its gain, its difference to
+    the first and its course over time, the published SDR, and the worst passage of the first run
+    with a link to it.
     """
     rows, first = [], overview.runs[0]
     for number, track in enumerate(list_tracks(overview.runs), start=1):
@@ -130,6 +153,7 @@ def list_rows(overview: Overview, target: str, with_references: bool) -> list[di
         having = [run for run in overview.runs if run.has(track, target)]
         frames = {run.name: run.scores[track][target]["SDR"] for run in having}
         players = list_players(overview.runs, track, with_references)
+        sparks, spark_range = draw_sparks(frames)
         of_first = [p.number for p in players if (p.target, p.run) == (target, first.name)]
         rows.append(
             {
@@ -137,8 +161,10 @@ def list_rows(overview: Overview, target: str, with_references: bool) -> list[di
                 "name": track,
                 "mixture": mixture,
                 "runs": [(dB, dB - mixture) for dB in sdr],
+                "differences": [dB - sdr[0] for dB in sdr[1:]],
                 "published": overview.published_sdr(track, target),
-                "sparks": {name: draw_spark(values) for name, values in frames.items()},
+                "sparks": sparks,
+                "spark_range": spark_range,
                 "passage": find_passages(frames.get(first.name, np.zeros(0))).get("worst"),
                 "player": next(iter(of_first), None),
             }

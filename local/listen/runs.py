@@ -53,6 +53,17 @@ class Run:
         except DAMAGE:
             return np.nan
 
+    def made_with(self, track: str, setting: str):
+        """Return a setting that a track was separated with; None where no record says it."""
+        settings = self.records.get(track, {}).get("made_with")
+        return settings.get(setting) if isinstance(settings, dict) else None
+
+    def find_methods(self, track: str | None = None) -> list[str]:
+        """Return the methods by which a track, or all, were separated; [] where not known."""
+        tracks = self.records if track is None else [track]
+        found = (self.made_with(name, "method") for name in tracks)
+        return sorted({str(method) for method in found if method is not None})
+
     def has(self, track: str, target: str) -> bool:
         return target in self.scores.get(track, {})
 

@@ -71,25 +71,25 @@ class TrackPlan:
 
 def write_audio(
     plan: TrackPlan, players: list[Player], files: Path, options: Options
-) -> tuple[dict[Player, Analysis], int, float]:
-    """Return (player -> what is shown of it, where the audio begins in the track, its length), in
-    seconds.
+) -> tuple[dict[Player, Analysis], dict[Player, int], int, float]:
+    """Return (player -> what is shown of it, player -> how many of its samples were clipped, where
+    the audio begins in the track, its length), in seconds.
     """
     try:
         readers = plan.read_signals()
     except ValueError as error:
         raise UserError(f"{plan.name}: {error}") from None
     start = choose_start(players, readers, plan.rate, options.excerpt)
-    analyses, seconds = {}, 0.0
+    analyses, clipped, seconds = {}, {}, 0.0
     for player in players:
         samples = readers[player.target, player.run]()
         if options.excerpt:
             samples = samples[:, start * plan.rate :][:, : options.excerpt * plan.rate]
         seconds = max(seconds, samples.shape[1] / plan.rate)
-        data = encode(samples, plan.rate, options.audio)
+        data, clipped[player] = encode(samples, plan.rate, options.audio)
         (files / f"{player.number}.{options.audio}").write_bytes(data)
         analyses[player] = analyse(samples, plan.rate)
-    return analyses, start, seconds
+    return analyses, clipped, start, seconds
 
 
 def choose_start(players: list[Player], readers: dict, rate: int, excerpt: int | None) -> int:

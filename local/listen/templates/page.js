@@ -5,26 +5,26 @@ const one = (selector) => document.querySelector(selector);
 
 /* The overview: tables that sort, a filter by name, a choice of the target. */
 
-function valueOf(row, column) {
-  const cell = row.cells[column];
-  const text = cell.dataset.value ?? cell.textContent.trim();
-  return column === 0 ? text : parseFloat(text); // NaN for a dash
+function sortTables(column, sign) {
+  const valueOf = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+  const compare = (a, b) => {
+    if (column === 0) return sign * valueOf(a).localeCompare(valueOf(b));
+    const [x, y] = [a, b].map((row) => parseFloat(valueOf(row)));
+    return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : sign * (x - y); // no score: at the end
+  };
+  for (const part of all(".sortable tbody")) part.append(...[...part.rows].sort(compare));
+  const order = sign === 1 ? "ascending" : "descending";
+  for (const th of all(".sortable thead th")) th.ariaSort = th.cellIndex === column ? order : null;
 }
 
-function sortBy(button) {
-  const heading = button.closest("th");
-  const table = heading.closest("table");
-  const sign = heading.ariaSort === "ascending" ? -1 : 1;
-  const rows = [...table.tBodies[0].rows];
-  rows.sort((a, b) => {
-    const [x, y] = [a, b].map((row) => valueOf(row, heading.cellIndex));
-    if (heading.cellIndex === 0) return sign * x.localeCompare(y);
-    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // tracks without a score come last
-    return sign * (x - y);
-  });
-  for (const other of all("th", table)) other.removeAttribute("aria-sort");
-  heading.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
-  table.tBodies[0].append(...rows);
+/* Return the sorting, kept until the tab is closed; some browsers have no storage for files. */
+function keepSorting(...sorting) {
+  try {
+    if (sorting.length) sessionStorage.setItem(location.pathname, sorting);
+    return sessionStorage.getItem(location.pathname).split(",").map(Number);
+  } catch {
+    return sorting;
+  }
 }
 
 function filterTracks() {
@@ -32,8 +32,8 @@ function filterTracks() {
   for (const row of all(".sortable tbody tr")) {
     row.hidden = !row.cells[0].textContent.toLocaleLowerCase().includes(wanted);
   }
-  const rows = all(".sortable tbody")[0]?.rows ?? [];
-  const shown = [...rows].filter((row) => !row.hidden).length;
+  const rows = all("[data-target='1'] tbody tr");
+  const shown = rows.filter((row) => !row.hidden).length;
   one("#count").value = wanted ? `${shown} of ${rows.length} tracks` : "";
 }
 
@@ -43,13 +43,18 @@ function chooseTarget() {
 }
 
 function startOverview() {
-  for (const button of all(".sortable th button")) button.onclick = () => sortBy(button);
+  for (const heading of all(".sortable th:has(button)")) {
+    const sign = () => (heading.ariaSort === "ascending" ? -1 : 1);
+    heading.onclick = () => sortTables(...keepSorting(heading.cellIndex, sign()));
+  }
   one(".bar").onsubmit = (event) => event.preventDefault();
   one("#filter").oninput = filterTracks;
   one("#choose-target").hidden = false;
   one("#choose-target select").onchange = chooseTarget;
   filterTracks();
   chooseTarget();
+  const [column, sign] = keepSorting();
+  if (one(".sortable tr").cells[column]) sortTables(column, sign);
 }
 
 /* A track: all players run together, and one of them is heard. */
@@ -64,8 +69,8 @@ class Players {
   constructor(lanes) {
     this.start = parseFloat(lanes.dataset.start);
     this.seconds = parseFloat(lanes.dataset.seconds);
+    this.last = parseFloat(lanes.dataset.last); // s: see audio.py
     this.passage = parseFloat(lanes.dataset.passage);
-    this.lanes = lanes;
     this.choices = all("input[name=player]");
     this.audio = all("audio");
     this.heard = Math.max(0, this.choices.findIndex((choice) => choice.checked));
@@ -92,7 +97,7 @@ class Players {
   }
 
   seek(time) {
-    this.position = Math.min(Math.max(time, 0), this.seconds);
+    this.position = Math.max(0, Math.min(time, this.last));
     for (const player of this.audio) {
       player.playbackRate = 1;
       if (player.readyState) player.currentTime = this.position;
@@ -107,7 +112,7 @@ class Players {
     this.show();
     try {
       await Promise.all(this.audio.map(ready));
-      this.seek(this.position >= this.seconds - 0.05 ? 0 : this.position);
+      this.seek(this.isInLoop(this.position) ? this.position : this.loop[0]);
       await Promise.all(this.audio.map(settled));
       if (!this.isPlaying) return;
       await Promise.all(this.audio.map((player) => player.play()));
@@ -115,6 +120,7 @@ class Players {
     } catch (error) {
       if (!this.isPlaying) return; // it was paused meanwhile
       this.pause();
+      if (error.name === "NotAllowedError") return; // the browser wants a click first
       one("#fault").textContent = `The audio cannot be played: ${error.message}`;
     }
   }
@@ -128,22 +134,19 @@ class Players {
     this.seek(this.position);
   }
 
-  toggle() {
-    if (this.isPlaying) this.pause();
-    else this.play();
-  }
-
   /* While playing: bring the silent players to where the heard one is. */
   keepTogether() {
     const leader = this.audio[this.heard];
     this.position = leader.currentTime;
-    const isAtEnd = leader.ended || this.position >= this.seconds;
-    if (isAtEnd) this.pause();
-    if (this.loop && (this.position >= this.loop[1] || isAtEnd)) this.playFrom(this.loop[0]);
+    if (leader.ended || this.position >= (this.loop?.[1] ?? this.seconds)) {
+      if (leader.ended || !this.loop) this.pause();
+      this.seek(this.loop?.[0] ?? 0);
+      return this.loop && this.play(); // it may have stopped
+    }
     for (const player of this.audio) {
       const late = leader.currentTime - player.currentTime;
       if (player === leader || player.seeking || player.ended) continue;
-      if (Math.abs(late) > FAR) player.currentTime = leader.currentTime;
+      if (Math.abs(late) > FAR) player.currentTime = Math.min(leader.currentTime, this.last);
       else if (Math.abs(late) > NEAR) this.correct(player, late);
     }
     if (!(this.tick = (this.tick + 1) % 5)) this.show();
@@ -185,23 +188,24 @@ class Players {
 
   playFrom(time, number = this.heard) {
     this.choose(number);
-    if (this.loop && (time < this.loop[0] || time >= this.loop[1])) this.setLoop(time);
+    if (!this.isInLoop(time)) this.setLoop(time);
     this.seek(time);
     this.play();
   }
 
-  setLoop(time) {
-    this.loop = time === null ? null : [time, Math.min(time + this.passage, this.seconds)];
-    this.show();
+  isInLoop(time) {
+    return !this.loop || (time >= this.loop[0] && time < this.loop[1]);
   }
 
-  toggleLoop() {
-    this.setLoop(this.loop ? null : Math.min(this.time, Math.max(0, this.seconds - 0.5)));
+  setLoop(time) {
+    const start = Math.max(0, Math.min(time, this.seconds - this.passage));
+    this.loop = time === null ? null : [start, Math.min(start + this.passage, this.seconds)];
+    this.show();
   }
 
   show() {
     const time = this.time;
-    this.lanes.style.setProperty("--progress", time / this.seconds);
+    one("#lanes").style.setProperty("--progress", time / this.seconds);
     one("#seek").value = time;
     one("#seek").ariaValueText = clock(this.start + time);
     const end = this.start + (this.loop ? this.loop[1] : this.seconds);
@@ -214,8 +218,7 @@ class Players {
 
 function clock(time) {
   const tenths = Math.round(10 * time);
-  const seconds = ((tenths % 600) / 10).toFixed(1).padStart(4, "0");
-  return `${Math.floor(tenths / 600)}:${seconds}`;
+  return `${Math.floor(tenths / 600)}:${((tenths % 600) / 10).toFixed(1).padStart(4, "0")}`;
 }
 
 function ready(player) {
@@ -230,44 +233,45 @@ function ready(player) {
 }
 
 function settled(player) {
-  if (!player.seeking) return null;
-  return new Promise((resolve) => player.addEventListener("seeked", resolve, { once: true }));
+  return player.seeking && new Promise((resolve) => player.addEventListener("seeked", resolve, { once: true }));
 }
 
+let isByKeyboard = false; // what has the focus got it by Tab, not by a click
+
 function pressKey(players, event) {
+  if (event.key === "Tab") isByKeyboard = true;
   if (event.ctrlKey || event.altKey || event.metaKey) return;
-  const isOwnSpace = event.target.matches("button, a, [type=checkbox]"); // they take it themselves
+  if (event.key === " " && isByKeyboard && event.target.matches("button, [type=checkbox]")) return;
   const actions = {
-    " ": () => !isOwnSpace && players.toggle(),
+    " ": () => one("#play").click(),
     ArrowLeft: () => players.seek(players.time - players.passage),
     ArrowRight: () => players.seek(players.time + players.passage),
     ArrowUp: () => players.choose(players.heard - 1),
     ArrowDown: () => players.choose(players.heard + 1),
-    l: () => players.toggleLoop(),
+    l: () => one("#loop").click(),
   };
-  const number = "123456789".indexOf(event.key);
-  const action = number >= 0 ? () => players.choose(number) : actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!action || (event.key === " " && isOwnSpace)) return;
-  event.preventDefault();
-  action();
+  if (event.key >= "1" && event.key <= "9") actions[event.key] = () => players.choose(event.key - 1);
+  const action = actions[event.key] ?? actions[event.key.toLowerCase()];
+  if (action) event.preventDefault();
+  action?.();
 }
 
-/* #t=35&p=2: player 2 at 0:35. */
-function followHash(players, play) {
+/* #t=35&p=2: player 2 at 0:35; with &loop it plays and repeats. */
+function followHash(players) {
   const found = new URLSearchParams(location.hash.slice(1));
   if (!found.has("t")) return;
   const time = Math.max(0, parseFloat(found.get("t")) - players.start || 0);
   const number = found.has("p") ? parseInt(found.get("p")) - 1 : players.heard;
-  if (play) return players.playFrom(time, number);
+  if (found.has("loop")) players.setLoop(time);
+  if (found.has("loop") || players.isPlaying) return players.playFrom(time, number);
   players.choose(number);
   players.seek(time);
 }
 
 function startTrack(lanes) {
-  if (!one("#controls")) return;
   const players = new Players(lanes);
-  one("#play").onclick = () => players.toggle();
-  one("#loop").onclick = () => players.toggleLoop();
+  one("#play").onclick = () => (players.isPlaying ? players.pause() : players.play());
+  one("#loop").onclick = () => players.setLoop(players.loop ? null : players.time);
   one("#matched").onchange = () => players.setVolumes();
   one("#seek").oninput = (event) => players.seek(parseFloat(event.target.value));
   players.choices.forEach((choice, i) => (choice.onchange = () => players.choose(i)));
@@ -282,13 +286,14 @@ function startTrack(lanes) {
     link.onclick = (event) => {
       event.preventDefault();
       history.replaceState(null, "", link.href);
-      followHash(players, true);
+      followHash(players);
     };
   }
   document.addEventListener("keydown", (event) => pressKey(players, event));
-  window.addEventListener("hashchange", () => followHash(players, players.isPlaying));
-  followHash(players, false);
+  document.addEventListener("pointerdown", () => (isByKeyboard = false));
+  window.addEventListener("hashchange", () => followHash(players));
+  followHash(players);
 }
 
-if (one("#lanes")) startTrack(one("#lanes"));
-else startOverview();
+if (one("#controls")) startTrack(one("#lanes"));
+if (one("#filter")) startOverview();
