@@ -97,11 +97,11 @@ def make_page(
     from local.tools.files import replaced_folder
 
     check_folder(out)
-    runs, rate = read_runs(folders)
+    runs, scores, rate = read_runs(folders)
     options = options or Options()
     wanted = options.with_references and rate
     references = find_references(runs, rate, data) if wanted else {}
-    plans = plan_tracks(make_overview(runs), references, rate)
+    plans = plan_tracks(make_overview(runs, scores), references, rate)
     size = reckon_bytes(plans, options)
     check_room(out, size)
     with_audio = sum(bool(plan.players) for plan in plans)

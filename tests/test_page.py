@@ -1,4 +1,3 @@
-import io
 import re
 import shutil
 from argparse import Namespace
@@ -14,10 +13,11 @@ from scored_runs import HOSTILE, write_scored_run, write_scores
 from eval import main as evaluate
 from local.comparison.runs import read_published
 from local.listen.analysis import COLUMNS, MELS, analyse, find_loudest, find_peaks, match_loudness
-from local.listen.audio import encode, most_bytes
+from local.listen.audio import most_bytes, write_samples
 from local.listen.build import TEMPLATES
 from local.listen.charts import choose_range, describe_box, draw_line, draw_sparks, find_passages
 from local.page import main
+from local.tools.sound_writer import SoundWriter
 
 NAMES = ["A - Song", HOSTILE]
 
@@ -335,14 +335,15 @@ def test_a_page_of_ours_is_replaced(run, page, tmp_path):
 
 def test_a_full_disk_leaves_the_old_page(run, page, tmp_path, monkeypatch, error_of):
     out = shutil.copytree(page, tmp_path / "page")
-    before, write_bytes = files_of(out), Path.write_bytes
+    before = files_of(out)
 
-    def fail(path, data):
+    def fail(path, *args):
         if path.name == "4.flac":
+            path.write_bytes(b"a part")
             raise OSError(28, "No space left on device", str(path))
-        return write_bytes(path, data)
+        return SoundWriter(path, *args)
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("local.listen.audio.SoundWriter", fail)
     assert "No space left" in error_of(main, run, "--out", out)
     assert files_of(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["page"]
@@ -405,12 +406,12 @@ def test_the_loudest_passage(seconds):
     assert find_loudest(samples[:, :5], RATE, seconds) == 0
 
 
-def test_flac_holds_16_bits_and_no_more_than_was_told():
+def test_flac_holds_16_bits_and_no_more_than_was_told(tmp_path):
     samples = np.random.default_rng(0).integers(-(2**15), 2**15, (2, RATE)) / 32768
-    data, clipped = encode(samples, RATE, "flac")
-    assert clipped == 0
-    assert np.array_equal(sf.read(io.BytesIO(data))[0].T, samples)
-    assert len(data) <= most_bytes(1, RATE, "flac") + 20_000
+    file = tmp_path / "1.flac"
+    assert write_samples(file, samples, RATE, "flac") == 0
+    assert np.array_equal(sf.read(file)[0].T, samples)
+    assert file.stat().st_size <= most_bytes(1, RATE, "flac") + 20_000
 
 
 def test_lines_have_gaps_where_a_frame_has_no_score():

@@ -1,6 +1,5 @@
 """The audio files of the page, and how large they get."""
 
-import io
 import os
 from pathlib import Path
 
@@ -8,12 +7,19 @@ import numpy as np
 import soundfile as sf
 
 from local.tools.command_line import UserError
-from local.tools.ffmpeg import run_program
+from local.tools.formats import FORMATS, RATES, Format
 from local.tools.sound_files import describe_fault
+from local.tools.sound_writer import SoundWriter
 from local.tools.wav import to_integers
 
 OPUS_RATE = 128  # kbit/s
 CHANNELS = 2
+FORMS = {  # of AUDIO_FORMATS
+    "flac": FORMATS["flac16"],
+    "opus": Format(
+        "opus", None, RATES["opus"], encoder="libopus", options=f"-b:a {OPUS_RATE}k -f opus"
+    ),
+}
 # Chromium hangs after a seek into the third block from the end of FLAC, of 4096 samples each.
 LAST_BLOCKS = 4 * 4096  # samples, into which the page does not seek
 
@@ -24,21 +30,18 @@ def most_bytes(seconds: float, rate: int, form: str) -> float:
     return flac if form == "flac" else seconds * OPUS_RATE * 1000 / 8 * 1.1
 
 
-def encode(samples: np.ndarray, rate: int, form: str) -> tuple[bytes, int]:
-    """Return (samples (channels, T) as a file of AUDIO_FORMATS, how many of them were clipped).
+def write_samples(path: Path, samples: np.ndarray, rate: int, form: str) -> int:
+    """Write samples (channels, T) as a file of AUDIO_FORMATS, and return how many were clipped.
 
-    FLAC has 16 bits; Opus is made of it.
+    Both formats are made of 16 bits.
 
     Raises:
-        UserError: ffmpeg has no Opus.
+        OSError: the file cannot be written, or ffmpeg has no Opus.
     """
-    flac = io.BytesIO()
     integers, clipped = to_integers(samples, 16)
-    sf.write(flac, integers.T, rate, "PCM_16", format="FLAC")
-    if form == "flac":
-        return flac.getvalue(), clipped
-    words = f"-i - -c:a libopus -b:a {OPUS_RATE}k -map_metadata -1 -f opus -".split()
-    return run_program("ffmpeg", *words, stdin=flac.getvalue()).stdout, clipped
+    with SoundWriter(path, rate, len(samples), FORMS[form]) as file:
+        file.write(integers.T / np.float32(2**15))
+    return clipped
 
 
 def read_audio(path: Path) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from local.comparison.runs import find_method_notes, read_published, read_runs
+from local.comparison.runs import find_method_notes, read_published
 from local.comparison.statistics import interval, paired_differences
 from local.comparison.tables import find_notes as find_score_notes
 from local.eval.score_files import METRICS
@@ -75,8 +75,8 @@ class Overview:
         return {name: float(sdr.get(name, np.nan)) for name in self.published}
 
 
-def make_overview(runs: list[Run]) -> Overview:
-    scores, _ = read_runs({run.name: run.folder for run in runs})
+def make_overview(runs: list[Run], scores: pd.DataFrame) -> Overview:
+    """Join the runs, and their scores as a table, with the published ones that they share."""
     shared = read_published().merge(scores[["track", "target"]].drop_duplicates())
     both = pd.concat([scores, shared], ignore_index=True) if len(shared) else scores
     return Overview(runs, both, list(shared["run"].unique()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from local.comparison.runs import find_scores, name_runs, printable, read_published
 from local.comparison.runs import read_runs as read_score_table
@@ -73,18 +74,20 @@ class Run:
         return next((f / "conf.yml" for f in folders if (f / "best_model.pth").is_file()), None)
 
 
-def read_runs(folders: list[Path]) -> tuple[list[Run], int]:
-    """Return (the runs, the sample rate of all estimates in Hz, or 0 where there are none).
+def read_runs(folders: list[Path]) -> tuple[list[Run], pd.DataFrame, int]:
+    """Return (the runs, their scores: see `comparison.runs.read_runs`, the sample rate of all
+    estimates in Hz, or 0 where there are none).
 
     Raises:
         UserError: lists all faults of the folders and their files.
     """
     names, faults = name_runs(folders, taken=read_published()["run"].unique())
-    raise_together(faults + read_score_table(names)[1])
+    scores, score_faults = read_score_table(names)
+    raise_together(faults + score_faults)
     found = [read_run(name, folder) for name, folder in names.items()]
     runs = [run for run, _ in found]
     raise_together([fault for _, of_run in found for fault in of_run] + find_rate_faults(runs))
-    return runs, next((rate for run in runs for rate in run.rates.values()), 0)
+    return runs, scores, next((rate for run in runs for rate in run.rates.values()), 0)
 
 
 def read_run(name: str, folder: Path) -> tuple[Run, list[str]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from local.eval.tracks import TestTrack, read_track
 from local.listen.analysis import Analysis, analyse, find_loudest
-from local.listen.audio import encode, read_audio
+from local.listen.audio import read_audio, write_samples
 from local.listen.overview import Overview
 from local.listen.players import Player, list_players
 from local.listen.runs import list_targets
@@ -86,8 +86,8 @@ def write_audio(
         if options.excerpt:
             samples = samples[:, start * plan.rate :][:, : options.excerpt * plan.rate]
         seconds = max(seconds, samples.shape[1] / plan.rate)
-        data, clipped[player] = encode(samples, plan.rate, options.audio)
-        (files / f"{player.number}.{options.audio}").write_bytes(data)
+        file = files / f"{player.number}.{options.audio}"
+        clipped[player] = write_samples(file, samples, plan.rate, options.audio)
         analyses[player] = analyse(samples, plan.rate)
     return analyses, clipped, start, seconds
 

@@ -2,19 +2,18 @@
 
 import numpy as np
 
+from local.comparison.runs import PUBLISHED_CARDS, PUBLISHED_METHODS
 from local.eval.results import list_targets, track_metrics
 from local.eval.score_files import METRICS
 from local.share.facts import Facts
-from local.share.scores import FULL, PUBLISHED, Scores
+from local.share.scores import Scores
 from local.share.sources import has_other_code
 from local.tools.command_line import plural
 from local.tools.markdown import escape, table
 
 NONE = "No scores of this model were published with it."
-PUBLISHED_CARDS = (
-    f"the scores on the cards of [{PUBLISHED}](https://huggingface.co/{PUBLISHED}) and its causal"
-    " sibling"
-)
+CARD = PUBLISHED_CARDS["published non-causal"]
+CARDS = f"the scores on the cards of [{CARD}](https://huggingface.co/{CARD}) and its causal sibling"
 
 
 def describe_scores(facts: Facts, scores: Scores | None) -> str:
@@ -40,15 +39,15 @@ def _describe_method(scores: Scores) -> str:
     made_with = scores.made_with
     precision = made_with.get("precision", "float32")
     note = f" Its products were in {precision}." if precision != "float32" else ""
-    if scores.method in FULL:
+    if scores.method in PUBLISHED_METHODS:
         return (
             f"Whole tracks went through the model at once (`eval.py --method {scores.method}`), as"
-            f" for {PUBLISHED_CARDS}: the numbers of tracks that both have compare.{note}"
+            f" for {CARDS}: the numbers of tracks that both have compare.{note}"
         )
     return (
         f"Tracks were separated in windows (`eval.py --method {scores.method} --segment"
         f" {made_with['segment']} --overlap {made_with['overlap']}`), as the baseline of the Second"
-        f" Cadenza Challenge does. The scores do not compare with {PUBLISHED_CARDS}, which are of"
+        f" Cadenza Challenge does. The scores do not compare with {CARDS}, which are of"
         f" whole tracks at once.{note}"
     )
 
@@ -77,8 +76,9 @@ def _heading() -> list[str]:
 
 def _summary(scores: Scores, target: str) -> list[str]:
     tracks = [track for track in scores.tracks if target in track.scores]
-    metrics = [scores.metrics[f"{target}_{metric}_median"] for metric in METRICS]
-    metrics.insert(1, scores.metrics[f"{target}_mixture_SDR_median"])
+    medians = scores.metrics
+    metrics = [medians[f"{target}_{metric}_median"] for metric in METRICS]
+    metrics.insert(1, medians[f"{target}_mixture_SDR_median"])
     frames = np.concatenate([track.scores[target]["SDR"] for track in tracks])
     missing = f"{np.isnan(frames).sum()} of {frames.size}"
     return [target, *map(_cell, metrics), missing, str(len(tracks))]

@@ -3,16 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from local.eval.results import final_metrics
-from local.eval.score_files import DAMAGE, ScoredTrack, load_track
-from local.tools.choices import METHODS
+from local.eval.score_files import DAMAGE, ScoredTrack, load_track, read_record
 from local.tools.command_line import UserError, plural, raise_together, suggest_path
 from local.train.origin import is_musdb18
-
-PUBLISHED = "cadenzachallenge/ConvTasNet_LyricsSeparation_NonCausal"
-FULL = METHODS[1:]  # these give what the model makes of a whole track at once
 
 
 class Scores(NamedTuple):
@@ -108,6 +102,6 @@ def read_scores(folder: Path, checkpoint: str) -> Scores:
 
 def _read_checkpoint(record: Path) -> str | None:
     try:
-        return yaml.safe_load(record.read_text(encoding="utf-8"))["made_with"]["checkpoint"]
-    except (OSError, yaml.YAMLError, *DAMAGE):
+        return read_record(record.with_suffix(".json"))["made_with"]["checkpoint"]
+    except DAMAGE:
         return None

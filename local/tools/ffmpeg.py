@@ -16,17 +16,13 @@ def need_ffmpeg() -> None:
         )
 
 
-def run_program(
-    program: str, *args: str, stdin: bytes | None = None
-) -> subprocess.CompletedProcess:
+def run_program(program: str, *args: str) -> subprocess.CompletedProcess:
     """Run ffmpeg or ffprobe, capturing stdout and stderr as bytes.
 
     Raises:
         UserError: it fails.
     """
-    result = subprocess.run(
-        [program, "-loglevel", "error", *args], input=stdin, capture_output=True
-    )
+    result = subprocess.run([program, "-loglevel", "error", *args], capture_output=True)
     if result.returncode != 0:
         raise UserError(f"{program} cannot read it: {last_line(result.stderr)}")
     return result
